@@ -1,0 +1,80 @@
+"""Who a process is, in a form that outlives it and cannot be mistaken for a later process with the same pid.
+
+A pid alone means nothing after a reboot or a pid wrap, and nothing on another machine. An `Owner` therefore carries
+host, boot id, pid and process start time; it is *dead* only on proof. This module does not know what is owned.
+"""
+
+import functools
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import Final
+
+from repopool_async.models import Owner
+
+_PROC: Final = Path("/proc")
+
+
+@functools.cache
+def host_name() -> str:
+    """Return this machine's name."""
+    return socket.gethostname()
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return an id that changes at every boot; one constant per host where the platform has none."""
+    try:
+        return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"no-boot-id-{uuid.getnode():x}"
+
+
+def process_start_time(pid: int) -> int | None:
+    """Return the kernel's start time of a process in clock ticks since boot.
+
+    Returns:
+        None where the process does not exist, is a zombie, or the platform cannot say.
+    """
+    try:
+        stat = (_PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    # The command name, in parentheses, may itself contain spaces and parentheses.
+    fields = stat[stat.rfind(b")") + 2 :].split()
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return int(fields[19])
+
+
+def current_owner() -> Owner:
+    """Return this process as an owner (never cached: a forked child is somebody else)."""
+    pid = os.getpid()
+    return Owner(host=host_name(), boot_id=boot_id(), pid=pid, start_time=process_start_time(pid) or 0)
+
+
+def is_proven_dead(owner: Owner) -> bool:
+    """Return True only where the owner certainly no longer runs.
+
+    Another host's process is never proven dead here. Without a readable start time a running pid counts as alive.
+    """
+    if owner.host != host_name():
+        return False
+    if owner.boot_id != boot_id():
+        return True
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it runs, as somebody else: the start time decides
+    start_time = process_start_time(owner.pid)
+    if start_time is None:
+        return _PROC.joinpath("self", "stat").exists()
+    return owner.start_time not in (0, start_time)
+
+
+def new_lease_id() -> str:
+    """Return an id that no other lease ever had."""
+    return uuid.uuid4().hex

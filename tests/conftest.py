@@ -1,0 +1,85 @@
+"""What tests of every floor share: git that depends on nobody's configuration, and repositories to clone from."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+GIT_ENVIRONMENT = {
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_AUTHOR_NAME": "A U Thor",
+    "GIT_AUTHOR_EMAIL": "author@example.com",
+    "GIT_AUTHOR_DATE": "2024-01-01T00:00:00+0000",
+    "GIT_COMMITTER_NAME": "C O Mitter",
+    "GIT_COMMITTER_EMAIL": "committer@example.com",
+    "GIT_COMMITTER_DATE": "2024-01-01T00:00:00+0000",
+    "GIT_TERMINAL_PROMPT": "0",
+}
+
+MAIN_FILES: Mapping[str, bytes | None] = {
+    ".gitignore": b"*.log\nbuild/\n.env\n",
+    "README.md": b"# A small repository\n",
+    "src/app.py": b'print("hello")\n',
+    "src/data/table.csv": b"a,b\n1,2\n",
+}
+
+MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _git_environment() -> Iterator[None]:
+    """Make every git of this process and its children behave the same on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("GIT_")]:
+            patch.delenv(name)
+        for name, value in GIT_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
+def _git(repository: Path, *arguments: str, input: bytes | None = None) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(repository), *arguments], input=input, check=True, capture_output=True, timeout=60
+    )
+    return done.stdout.decode().strip()
+
+
+def _commit(repository: Path, branch: str, files: Mapping[str, bytes | None]) -> str:
+    """Commit to a branch without a working tree; fast-import is one process however many files there are."""
+    parent = _git(repository, "for-each-ref", "--format=%(objectname)", f"refs/heads/{branch}")
+    message = f"Change {', '.join(files)}".encode()
+    stream = [f"commit refs/heads/{branch}\ncommitter C O Mitter <committer@example.com> 1704067200 +0000\n".encode()]
+    stream.append(b"data %d\n%s\n" % (len(message), message))
+    if parent:
+        stream.append(f"from {parent}\n".encode())
+    for path, content in files.items():
+        if content is None:
+            stream.append(f"D {path}\n".encode())
+        else:
+            stream.append(b"M 100644 inline %s\ndata %d\n%s\n" % (path.encode(), len(content), content))
+    _git(repository, "fast-import", "--quiet", "--date-format=raw", input=b"".join(stream))
+    return _git(repository, "rev-parse", f"refs/heads/{branch}")
+
+
+@pytest.fixture
+def make_commit() -> MakeCommit:
+    """A function that commits files (None deletes one) to a branch of a bare repository and returns the commit's id."""
+    return _commit
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A small bare repository: branches `main` and `feature/x`, annotated tag `v1.0`, lightweight tag `light`."""
+    repository = tmp_path / "origin.git"
+    repository.mkdir()
+    _git(repository, "init", "--quiet", "--bare", "--initial-branch=main")
+    first = _commit(repository, "main", MAIN_FILES)
+    _git(repository, "tag", "-a", "-m", "First release", "v1.0", first)
+    second = _commit(repository, "main", {"CHANGES.md": b"Nothing yet.\n"})
+    _git(repository, "tag", "light", second)
+    _git(repository, "branch", "feature/x", second)
+    _commit(repository, "feature/x", {"src/feature.py": b"X = 1\n", "src/data/table.csv": None})
+    return repository
