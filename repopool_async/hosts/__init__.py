@@ -1,0 +1,1 @@
+"""Where commands run and where slots' files live: this machine, or one over SSH."""

@@ -1,0 +1,201 @@
+"""Who runs on this machine on behalf of a lease, and who else stands in a tree: found through /proc, ended by pidfd.
+
+A lease's mark is in the environment of everything started under it and is inherited by what that starts, whatever
+session or parent it moves to. Synchronous; for one thread hop. Where there is no /proc nothing is found. What a mark
+means is not known here.
+"""
+# Paths are text here: thousands of them are read, and most are gone before they are.
+# ruff: noqa: PTH115, PTH208
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from typing import Final, Self
+
+import attrs
+
+from repopool_async._aio import Deadline
+from repopool_async._identity import process_start_time
+from repopool_async.hosts.base import EndedProcesses
+
+_KILL_SECONDS: Final = 3.0
+"""How long, beyond the grace period, the killed may take to die and to stop breeding."""
+_POLL_SECONDS: Final = 0.005
+_DELETED: Final = " (deleted)"
+
+
+def end_processes(mark: str, tree: str, grace_seconds: float) -> EndedProcesses:
+    """See `Host.end_processes`; takes at most the grace period and three seconds.
+
+    A marked process that cannot be ended (another user's, stuck in the kernel) is named among the bystanders.
+    """
+    killed, survivors = _end_marked(os.fsencode(mark), grace_seconds)
+    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=tuple(_bystanders(tree, survivors)))
+
+
+def _end_marked(mark: bytes, grace_seconds: float) -> tuple[set[int], list[int]]:
+    """End what bears the mark, and what that starts meanwhile, until there is none; return the dead and the rest."""
+    grace, limit = Deadline.after(grace_seconds), Deadline.after(grace_seconds + _KILL_SECONDS)
+    killed: set[int] = set()
+    while True:
+        with contextlib.ExitStack() as stack:
+            targets = [stack.enter_context(target) for target in _find_marked(mark)]
+            if not targets:
+                return killed, []
+            rest = _end(targets, grace, limit)
+            killed.update(target.pid for target in targets if target not in rest)
+            if limit.is_expired:
+                return killed, [target.pid for target in rest]
+            if len(rest) == len(targets):
+                # Nothing more can be done to these; newcomers must not be looked for without a pause.
+                time.sleep(_POLL_SECONDS)
+
+
+def _end(targets: list["_Target"], grace: Deadline, limit: Deadline) -> list["_Target"]:
+    """Ask, wait for the grace period, force; return who still lives."""
+    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process does not see the first without the second
+        for target in targets:
+            target.signal(number)
+    rest = _wait_gone(targets, grace)
+    for target in rest:
+        target.signal(signal.SIGKILL)
+    return _wait_gone(rest, limit)
+
+
+def _wait_gone(targets: list["_Target"], deadline: Deadline) -> list["_Target"]:
+    rest = [target for target in targets if not target.is_gone()]
+    while rest and not deadline.is_expired:
+        rest[0].wait_gone(deadline.remaining() or 0.0)
+        rest = [target for target in rest if not target.is_gone()]
+    return rest
+
+
+@attrs.define
+class _Target:
+    """A process that can be signalled without ever hitting another that got its pid later."""
+
+    pid: int
+    start_time: int
+    descriptor: int | None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+    def signal(self, number: int) -> None:
+        """Send a signal, where the process still runs and may be signalled."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.descriptor is not None:
+                signal.pidfd_send_signal(self.descriptor, number)
+            elif process_start_time(self.pid) == self.start_time:
+                os.kill(self.pid, number)
+
+    def is_gone(self) -> bool:
+        """Return whether it has ended; a zombie has."""
+        if self.descriptor is not None:
+            return self._is_readable(0.0)
+        return process_start_time(self.pid) != self.start_time
+
+    def wait_gone(self, seconds: float) -> None:
+        """Wait until it has ended, or for a while."""
+        if self.descriptor is not None:
+            self._is_readable(seconds)
+        else:
+            time.sleep(min(seconds, _POLL_SECONDS))
+
+    def _is_readable(self, seconds: float) -> bool:
+        assert self.descriptor is not None
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+
+def _find_marked(mark: bytes) -> list[_Target]:
+    """Find the processes that bear the mark, those started while we look included, this one not."""
+    targets: list[_Target] = []
+    seen = {os.getpid()}
+    while unseen := [pid for pid in _pids() if pid not in seen]:
+        seen.update(unseen)
+        targets += [target for pid in unseen if (target := _marked(pid, mark)) is not None]
+    return targets
+
+
+def _marked(pid: int, mark: bytes) -> _Target | None:
+    if not _bears(pid, mark):
+        return None
+    start_time = process_start_time(pid)
+    target = _Target(pid, start_time or 0, _open_pidfd(pid))
+    # Read once more: what the mark was seen on may have ended before it was taken hold of, and the pid be another's.
+    if _bears(pid, mark) and not target.is_gone():
+        return target
+    target.__exit__()
+    return None
+
+
+def _bears(pid: int, mark: bytes) -> bool:
+    environment = _read(f"/proc/{pid}/environ")
+    if not environment:
+        # Where the first thread has ended and others go on, only theirs show it.
+        threads = _list(f"/proc/{pid}/task")
+        others = (thread for thread in threads if thread != str(pid)) if len(threads) > 1 else ()
+        environment = next(filter(None, (_read(f"/proc/{pid}/task/{thread}/environ") for thread in others)), b"")
+    return mark in environment and mark in environment.split(b"\0")
+
+
+def _open_pidfd(pid: int) -> int | None:
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in _list("/proc") if name.isdecimal())
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.readall() or b""
+    except OSError:
+        return b""
+
+
+def _bystanders(tree: str, survivors: list[int]) -> Iterator[str]:
+    root = os.path.realpath(tree)
+    for pid in sorted(_pids()):
+        if pid in survivors or _stands_in(pid, root):
+            name = _read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
+            yield f"{pid} {name}"
+
+
+def _stands_in(pid: int, root: str) -> bool:
+    own = f"/proc/{pid}"
+    paths = (f"{own}/cwd", *(f"{own}/fd/{number}" for number in _list(f"{own}/fd")))
+    return any(_leads_into(path, root) for path in paths)
+
+
+def _leads_into(path: str, root: str) -> bool:
+    try:
+        target = os.readlink(path)
+    except OSError:
+        return False
+    if target != root and not target.startswith(root + "/"):
+        return False
+    # What has been deleted is no longer part of the tree.
+    return not target.endswith(_DELETED) or os.path.lexists(target)

@@ -1,0 +1,338 @@
+"""The host protocol: where commands run and files live, whether this machine or one over SSH.
+
+Everything above this floor reaches a slot's contents only through it: argument lists, never a shell string; paths are
+absolute, POSIX, on the host, and carry undecodable bytes as surrogates (`os.fsdecode`). A sequence of file steps is one
+thread hop here and one round trip on a remote host. The host knows nothing of leases, mirrors or git.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from enum import StrEnum
+from typing import Final, Protocol
+
+import attrs
+
+from repopool_async.models import CommandResult
+
+DEFAULT_STDOUT_LIMIT: Final = 256 * 1024 * 1024
+"""Bytes of standard output kept of a command whose output is parsed."""
+DEFAULT_STDERR_LIMIT: Final = 64 * 1024
+
+OutputCallback = Callable[[str, bytes], None]
+"""Called with `stdout` or `stderr` and a chunk, on the event loop, as output arrives."""
+
+
+class FileKind(StrEnum):
+    """What an inode is."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    LINK = "link"
+    SPECIAL = "special"
+    """A fifo, socket or device."""
+
+
+@attrs.frozen
+class FileStat:
+    """What `lstat` says of a path."""
+
+    kind: FileKind
+    mode: int
+    size: int
+    device: int
+    inode: int
+    links: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@attrs.frozen
+class MakeDirectory:
+    """Make a directory and its missing parents; one that exists stays as it is."""
+
+    path: str
+    mode: int = 0o755
+
+
+@attrs.frozen
+class WriteFile:
+    """Write a file under a temporary name beside it, then rename it into place; parents must exist.
+
+    Attributes:
+        is_durable: whether file and directory are synced to disk.
+    """
+
+    path: str
+    data: bytes
+    mode: int = 0o644
+    is_durable: bool = False
+
+
+@attrs.frozen
+class CopyFile:
+    """Copy a regular file's bytes, mode and modification time under a temporary name, then rename it into place.
+
+    The time is kept to the nanosecond. A missing source is passed over where `is_optional`.
+    """
+
+    source: str
+    target: str
+    is_optional: bool = False
+
+
+@attrs.frozen
+class Rename:
+    """Rename within one file system, replacing a file or an empty directory; the source must exist."""
+
+    source: str
+    target: str
+
+
+@attrs.frozen
+class Discard:
+    """Rename whatever is at `path`, of whatever kind and mode, into the directory `trash` under a new unique name.
+
+    What is absent is passed over. The trash is on the same file system and is emptied by `remove_tree`.
+    """
+
+    path: str
+    trash: str
+
+
+@attrs.frozen
+class RemoveFile:
+    """Unlink a file or link; what is absent is passed over."""
+
+    path: str
+
+
+FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile
+
+
+@attrs.frozen
+class Command:
+    """One command of a batch.
+
+    Attributes:
+        env: the complete environment. input: given on standard input, which is otherwise empty.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str | None = None
+    input: bytes | None = None
+
+
+@attrs.frozen
+class Settled:
+    """Entries of a tree that we ourselves changed later than the rest.
+
+    Attributes:
+        since_ns: they count as changed only where their ctime is not older than this. names: which; relative.
+    """
+
+    since_ns: int
+    names: frozenset[str]
+
+
+@attrs.frozen
+class TreeInspection:
+    """What one pass over a tree found; names are relative to its root, `/` between parts.
+
+    Attributes:
+        entries: how many inodes were seen.
+        changed: files, links and specials whose ctime is not older than asked.
+        changed_directories: directories likewise (an entry came, went or was renamed in them, or their mode changed).
+        special: fifos, sockets and devices.
+        repositories: entries named `.git` below the root, never descended into.
+        multiply_linked: regular files with more than one link.
+        unlocked: directories whose mode kept their owner out; they have been given `u+rwx`.
+        mounts: directories on another device, never descended into.
+    """
+
+    entries: int
+    changed: tuple[str, ...] = ()
+    changed_directories: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+    repositories: tuple[str, ...] = ()
+    multiply_linked: tuple[str, ...] = ()
+    unlocked: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class EndedProcesses:
+    """What ending a lease's processes did.
+
+    Attributes:
+        killed: pids ended because they bore the lease's mark.
+        bystanders: `pid name` of processes that are not the lease's but stand in the tree or hold files of it open.
+    """
+
+    killed: tuple[int, ...] = ()
+    bystanders: tuple[str, ...] = ()
+
+
+class HostProcess(Protocol):
+    """A running command with streams."""
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also its process group's."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; a death by signal N is -N."""
+
+    async def read(self, size: int = 65536) -> bytes:
+        """Return the next bytes of standard output, `b""` at its end."""
+
+    async def read_stderr(self, size: int = 65536) -> bytes:
+        """Return the next bytes of standard error, `b""` at its end (always `b""` where merged or inherited)."""
+
+    async def write(self, data: bytes) -> None:
+        """Write to standard input and wait until the buffer has room."""
+
+    async def close_stdin(self) -> None:
+        """Close standard input; a second call does nothing."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole process group, where it still runs."""
+
+    async def wait(self) -> int:
+        """Return the exit code once the process has ended."""
+
+
+class Host(Protocol):
+    """Where commands run and files live.
+
+    Commands run in their own session. However a call ends (return, error, cancellation once or twice) their whole
+    process group is gone afterwards: TERM, a grace period, KILL, reaped. File operations raise `OSError` as the
+    platform names it; they are short and finish even when the caller is cancelled.
+    """
+
+    @property
+    def id(self) -> str:
+        """The host's name in records."""
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        stdout_limit: int = DEFAULT_STDOUT_LIMIT,
+        stderr_limit: int = DEFAULT_STDERR_LIMIT,
+        on_output: OutputCallback | None = None,
+    ) -> CommandResult:
+        """Run one command to its end.
+
+        Args:
+            argv: the command; no shell is involved.
+            env: the complete environment.
+            cwd: the directory, `/` when missing.
+            input: given on standard input, which is otherwise empty.
+            timeout: seconds in all. idle_timeout: seconds without any output.
+            stdout_limit: bytes kept; the last ones, earlier ones are dropped. stderr_limit: likewise.
+            on_output: is called with every chunk as it comes.
+
+        Raises:
+            CommandTimeoutError: a limit was passed; the process group is gone.
+            OSError: the command or directory does not exist or may not be used.
+        """
+
+    async def batch(
+        self, commands: Sequence[Command], *, timeout: float | None = None, stop: bool = True
+    ) -> list[CommandResult]:
+        """Run commands one after another, in one round trip.
+
+        Args:
+            timeout: seconds for all of them. stop: whether the first failure (exit code not 0) ends the batch.
+
+        Returns:
+            The results of those that ran.
+        """
+
+    def open_process(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str | None = None,
+        stdin: bool = False,
+        inherit: bool = False,
+    ) -> AbstractAsyncContextManager[HostProcess]:
+        """Run a command while the block runs; leaving the block ends what is left of its process group.
+
+        Args:
+            stdin: whether `write` will be used; otherwise standard input is empty.
+            inherit: connect standard input, output and error to this process's own instead of to pipes.
+        """
+
+    async def apply(self, steps: Sequence[FileStep]) -> None:
+        """Do file steps in order, in one thread hop or round trip; the first failure ends them.
+
+        Raises:
+            OSError: a step failed; those before it stay done.
+        """
+
+    async def read_bytes(self, path: str, *, limit: int) -> bytes | None:
+        """Return a regular file's contents, None where there is no such file; a link is not followed.
+
+        Raises:
+            OSError: it is no regular file, is larger than `limit` bytes (EFBIG), or cannot be read.
+        """
+
+    async def stat(self, path: str) -> FileStat | None:
+        """Return what is at `path`, itself and not what it links to; None where there is nothing."""
+
+    async def list_directory(self, path: str) -> list[str]:
+        """Return the names in a directory, sorted; an absent directory has none."""
+
+    async def remove_tree(self, path: str) -> None:
+        """Delete whatever is at `path`: links not followed, modes that forbid it changed, other mounts not entered.
+
+        What is absent is no error. Interrupted, it has deleted a part.
+
+        Raises:
+            OSError: something could not be deleted (EBUSY where something is mounted).
+        """
+
+    async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
+        """Look at every inode of a tree once and make its directories accessible to their owner.
+
+        Nothing is followed, opened for reading or executed.
+
+        Args:
+            since_ns: report what has a ctime not older than this as changed; None reports everything.
+            settled: entries with a later time of their own.
+
+        Raises:
+            NotADirectoryError: the root is no directory, or a link.
+        """
+
+    async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
+        """Remove entries of a tree by name: files and links unlinked, directories renamed into `trash`.
+
+        A name whose parents are no longer real directories inside the tree is passed over, so that nothing outside is
+        touched whatever the tree contains.
+
+        Returns:
+            How many there were.
+        """
+
+    async def file_system_clock_ns(self, directory: str) -> int:
+        """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now."""
+
+    async def end_processes(self, *, mark: str, tree: str, grace_seconds: float = 2.0) -> EndedProcesses:
+        """End every process whose environment contains `mark`, and look for others that stand in `tree`.
+
+        Args:
+            mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
+        """
+
+    async def is_network_file_system(self, path: str) -> bool:
+        """Return whether `path` lies on a network file system; False where the platform cannot say."""

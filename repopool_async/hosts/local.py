@@ -1,0 +1,247 @@
+"""This machine as a host: its processes, its files, its process table.
+
+Every file operation is one hop to a worker thread, which finishes even when the caller is cancelled; what the hops do
+is written in `_files`, `_tree` and `_marked`, how commands run in `_process`. Nothing here knows of git or slots.
+"""
+# Paths are text here, as in the protocol: they may hold undecodable bytes and belong to whichever host.
+# ruff: noqa: PTH103, PTH105, PTH108, PTH118, PTH208
+
+import asyncio
+import os
+import secrets
+import stat
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+
+from repopool_async import _files
+from repopool_async._aio import Deadline, in_thread
+from repopool_async._process import open_process, run_process
+from repopool_async.hosts import _marked, _tree
+from repopool_async.hosts.base import (
+    DEFAULT_STDERR_LIMIT,
+    DEFAULT_STDOUT_LIMIT,
+    Command,
+    CopyFile,
+    Discard,
+    EndedProcesses,
+    FileKind,
+    FileStat,
+    FileStep,
+    HostProcess,
+    MakeDirectory,
+    OutputCallback,
+    RemoveFile,
+    Rename,
+    Settled,
+    TreeInspection,
+    WriteFile,
+)
+from repopool_async.models import CommandResult
+
+
+class LocalHost:
+    """This machine. May be made without a running event loop and used from several."""
+
+    def __init__(self, host_id: str = "local", *, max_processes: int | None = None) -> None:
+        """Make a host.
+
+        Args:
+            host_id: its name in records.
+            max_processes: how many commands of `run` and `batch` run at once, per event loop; more wait in order
+                before their time limits begin. Twice the number of cores when missing.
+        """
+        self._id = host_id
+        self._max_processes = max_processes or 2 * (os.cpu_count() or 1)
+        self._limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __repr__(self) -> str:
+        return f"LocalHost({self._id!r}, max_processes={self._max_processes})"
+
+    @property
+    def id(self) -> str:
+        """The host's name in records."""
+        return self._id
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        idle_timeout: float | None = None,
+        stdout_limit: int = DEFAULT_STDOUT_LIMIT,
+        stderr_limit: int = DEFAULT_STDERR_LIMIT,
+        on_output: OutputCallback | None = None,
+    ) -> CommandResult:
+        """See `Host.run`."""
+        async with self._limiter():
+            return await run_process(
+                argv,
+                env=env,
+                cwd=cwd,
+                input=input,
+                timeout=timeout,
+                idle_timeout=idle_timeout,
+                stdout_limit=stdout_limit,
+                stderr_limit=stderr_limit,
+                on_output=on_output,
+            )
+
+    async def batch(
+        self, commands: Sequence[Command], *, timeout: float | None = None, stop: bool = True
+    ) -> list[CommandResult]:
+        """See `Host.batch`."""
+        results: list[CommandResult] = []
+        async with self._limiter():
+            deadline = Deadline.after(timeout)
+            for command in commands:
+                result = await run_process(
+                    command.argv,
+                    env=command.env,
+                    cwd=command.cwd,
+                    input=command.input,
+                    timeout=deadline.remaining(),
+                )
+                results.append(result)
+                if stop and result.exit_code != 0:
+                    break
+        return results
+
+    def open_process(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str | None = None,
+        stdin: bool = False,
+        inherit: bool = False,
+    ) -> AbstractAsyncContextManager[HostProcess]:
+        """See `Host.open_process`; these do not count against `max_processes`."""
+        return open_process(argv, env=env, cwd=cwd, stdin=stdin, inherit=inherit)
+
+    def _limiter(self) -> asyncio.Semaphore:
+        return self._limiters.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_processes))
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    async def apply(self, steps: Sequence[FileStep]) -> None:
+        """See `Host.apply`."""
+        await in_thread(_apply, tuple(steps))
+
+    async def read_bytes(self, path: str, *, limit: int) -> bytes | None:
+        """See `Host.read_bytes`."""
+        return await in_thread(_files.read_regular, path, limit)
+
+    async def stat(self, path: str) -> FileStat | None:
+        """See `Host.stat`."""
+        return await in_thread(_stat, path)
+
+    async def list_directory(self, path: str) -> list[str]:
+        """See `Host.list_directory`; what is no directory has no names either."""
+        return await in_thread(_list_directory, path)
+
+    async def remove_tree(self, path: str) -> None:
+        """See `Host.remove_tree`."""
+        await in_thread(_files.remove_tree, path)
+
+    async def inspect_tree(
+        self, root: str, *, since_ns: int | None, settled: Settled | None = None
+    ) -> TreeInspection:
+        """See `Host.inspect_tree`."""
+        return await in_thread(_tree.inspect_tree, root, since_ns, settled)
+
+    async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
+        """See `Host.remove_entries`."""
+        return await in_thread(_tree.remove_entries, root, tuple(names), trash) if names else 0
+
+    async def file_system_clock_ns(self, directory: str) -> int:
+        """See `Host.file_system_clock_ns`."""
+        return await in_thread(_file_system_clock_ns, directory)
+
+    async def is_network_file_system(self, path: str) -> bool:
+        """See `Host.is_network_file_system`."""
+        return await in_thread(_files.is_network_file_system, path)
+
+    # -- processes -----------------------------------------------------------------------------------------------
+
+    async def end_processes(self, *, mark: str, tree: str, grace_seconds: float = 2.0) -> EndedProcesses:
+        """See `Host.end_processes`; finds nobody where there is no /proc."""
+        return await in_thread(_marked.end_processes, mark, tree, grace_seconds)
+
+
+def _apply(steps: Sequence[FileStep]) -> None:
+    for step in steps:
+        _apply_step(step)
+
+
+def _apply_step(step: FileStep) -> None:
+    match step:
+        case MakeDirectory(path, mode):
+            os.makedirs(path, mode, exist_ok=True)
+        case WriteFile(path, data, mode, is_durable):
+            _files.write_atomic(path, data, mode=mode, durable=is_durable)
+        case CopyFile(source, target, is_optional):
+            _copy(source, target, is_optional=is_optional)
+        case Rename(source, target):
+            os.replace(source, target)
+        case Discard(path, trash):
+            _files.discard(path, trash)
+        case RemoveFile(path):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+
+
+def _copy(source: str, target: str, *, is_optional: bool) -> None:
+    try:
+        _files.copy_preserving(source, target)
+    except FileNotFoundError:
+        # The target's directory may be what is missing.
+        if not is_optional or os.path.lexists(source):
+            raise
+
+
+def _stat(path: str) -> FileStat | None:
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return FileStat(
+        kind=_kind(status.st_mode),
+        mode=stat.S_IMODE(status.st_mode),
+        size=status.st_size,
+        device=status.st_dev,
+        inode=status.st_ino,
+        links=status.st_nlink,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+    )
+
+
+def _kind(mode: int) -> FileKind:
+    kinds = {stat.S_IFREG: FileKind.FILE, stat.S_IFDIR: FileKind.DIRECTORY, stat.S_IFLNK: FileKind.LINK}
+    return kinds.get(stat.S_IFMT(mode), FileKind.SPECIAL)
+
+
+def _list_directory(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _file_system_clock_ns(directory: str) -> int:
+    # Only a change asks the file system for its time. The name is one that is swept up after a crash.
+    path = os.path.join(directory, f".repopool-{os.getpid()}-0-{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        return os.fstat(descriptor).st_ctime_ns
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
