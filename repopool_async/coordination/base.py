@@ -1,0 +1,237 @@
+"""The coordinator protocol: who holds which slot, and whose turn it is.
+
+A coordinator owns slot records from the moment they exist: it alone writes them, and it alone says who may. Files on
+one machine are the default (`coordination.files`), a database serves many. It never looks into a tree, cleans nothing
+and does not wait: callers poll, in the order that tickets give.
+
+Three rules hold whatever the implementation. At most one live holder per slot. Tokens grow with every lease and every
+taking-away, so a holder that was robbed, or slept through its expiry, finds out at its next step (`LeaseLostError`)
+and writes nothing. What a dead holder leaves is found by `orphans` and never handed out before it was recovered.
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import attrs
+
+from repopool_async.models import Lease, Slot, SlotState
+
+
+@attrs.define(eq=False)
+class Hold:
+    """The right to work on a slot: nobody else may until it is finished or abandoned.
+
+    Attributes:
+        slot: the record as last written through this hold.
+        token: the slot's token; where the record has another, the hold was taken away.
+        lock: the coordinator's own.
+    """
+
+    slot: Slot
+    token: int
+    lock: Any
+
+
+@attrs.define(eq=False)
+class Grant(Hold):
+    """A hold that came with a lease.
+
+    Attributes:
+        lease: as written. previous: the record before the claim.
+    """
+
+    lease: Lease
+    previous: Slot
+
+
+class Ticket(Protocol):
+    """A process's place among the processes that wait for a slot of one pool."""
+
+    async def is_first(self) -> bool:
+        """Return whether no live ticket is older. Ask at least every second: who stays silent for two is overtaken."""
+
+
+class Coordinator(Protocol):
+    """Claims, keeps, gives back and recovers slots.
+
+    Every verb may raise `StoreError` where records cannot be read or written, `SlotNotFoundError` for a slot that does
+    not exist, and `LockTimeoutError` where another process is stuck in the middle of a step. A cancelled verb has
+    either happened or not, and never leaves a slot held by nobody who knows: what it took it has given back.
+    """
+
+    # Claiming
+
+    async def claim(
+        self,
+        repo_name: str,
+        *,
+        commit: str | None,
+        branch: str | None,
+        ref: str | None = None,
+        lease_id: str,
+        metadata: Mapping[str, Any] | None = None,
+        prefer: frozenset[str] = frozenset(),
+        exclude: frozenset[str] = frozenset(),
+        detached_ttl: float | None = None,
+        wait_seconds: float | None = None,
+        stand_back: bool = False,
+    ) -> Grant | None:
+        """Lease the best free slot of a pool, in one try.
+
+        Cancelled, the slot is given back as it was, but for its token.
+
+        Args:
+            commit: what is wanted, None for anything. branch: to be checked out, None for a detached HEAD.
+            ref: the lessee's words. lease_id: unique for ever. metadata: anything JSON can hold.
+            prefer: slots to try first. exclude: slots not to try.
+            detached_ttl: seconds until a lease that outlives its process expires; None for one that does not.
+            wait_seconds: how long the lessee has waited, for the history.
+            stand_back: return None while any process that waits has a ticket.
+
+        Returns:
+            The grant, whose slot is ALLOCATED and nobody else's; None where nothing is free.
+
+        Raises:
+            ValueError: `detached_ttl` is not a positive, finite number.
+        """
+
+    async def detach(self, grant: Grant) -> Lease:
+        """Let go of a detached lease's lock, so that any process may give it back; its time starts anew.
+
+        Until then the lease is held by this process too. From then on `begin_return` takes the slot again.
+
+        Raises:
+            LeaseLostError: it was taken away. ValueError: the lease is not detached.
+        """
+
+    async def renew(self, slot_id: str, token: int, ttl: float | None) -> Lease:
+        """Move a detached lease's expiry to `ttl` seconds from now, and return the lease as it stands.
+
+        Args:
+            ttl: None changes nothing. A lease that lives with its process has no expiry, and none is set.
+
+        Raises:
+            LeaseLostError: the token is not of the present lease, or that has expired.
+        """
+
+    async def is_held(self, hold: Hold) -> bool:
+        """Return whether a hold still stands: neither taken away, nor expired, finished or abandoned."""
+
+    # Giving back
+
+    async def begin_return(self, grant: Grant) -> Slot:
+        """End a lease: the slot becomes CLEANING, still held. Usage is counted and history written.
+
+        Raises:
+            LeaseLostError: it was taken away; nothing was written.
+        """
+
+    async def release_detached(self, slot_id: str, token: int) -> Hold:
+        """End a detached lease, from whichever process: as `begin_return`, but all that is needed is the token.
+
+        Raises:
+            LeaseLostError: the token is not of a detached lease, or that has expired; nothing was written.
+        """
+
+    async def update(self, hold: Hold, slot: Slot) -> Slot:
+        """Write a held slot's record, and return it as written.
+
+        An expiry that was renewed meanwhile stays.
+
+        Raises:
+            LeaseLostError: the hold was taken away; nothing was written.
+            ValueError: it is another slot's record, or its token is not the hold's.
+        """
+
+    async def finish(self, hold: Hold, slot: Slot) -> Slot:
+        """Write what became of a held slot and let go of it; where it cannot be written the hold still stands.
+
+        Args:
+            slot: AVAILABLE with a seal, or ERROR.
+
+        Raises:
+            LeaseLostError: the hold was taken away; nothing was written.
+            ValueError: as `update`, or the state is neither.
+        """
+
+    async def abandon_hold(self, hold: Hold) -> None:
+        """Let go of a slot and leave its record as it is: a slot that is not AVAILABLE is then an orphan."""
+
+    # Maintenance
+
+    async def take(
+        self,
+        slot_id: str,
+        *,
+        states: Collection[SlotState],
+        raise_token: bool = False,
+        becomes: SlotState | None = None,
+    ) -> Hold | None:
+        """Hold a slot without a lease, where its state is one of `states` and nobody holds it; None otherwise.
+
+        Args:
+            raise_token: make whatever an earlier holder still does stale.
+            becomes: the state to write at once. Who is about to change an AVAILABLE slot's tree names CLEANING, so that
+                it is never handed out half changed.
+        """
+
+    async def orphans(self, repo_name: str) -> list[Slot]:
+        """Return the slots that are ALLOCATED or CLEANING and nobody's: their holder died or let go of them.
+
+        A detached lease is somebody's until it expires or the machine is booted again.
+        """
+
+    async def recover_orphan(self, slot_id: str) -> Hold | None:
+        """Take over an orphan, to be cleaned and finished; None where it is none, or none any more.
+
+        The slot is CLEANING with a higher token, and its last lease stays in the record.
+        """
+
+    async def force_unlock(self, slot_id: str) -> Slot:
+        """Take a slot away from whoever holds it, and return the record.
+
+        It becomes CLEANING with a higher token and is an orphan from now on; the holder's next step fails. A
+        quarantined slot stays so, and one that nobody holds as it is.
+        """
+
+    # Records
+
+    async def list_slots(self, repo_name: str) -> list[Slot]:
+        """Return a pool's slots by number; none where there is no such pool."""
+
+    async def get_slot(self, slot_id: str) -> Slot:
+        """Return a slot's record."""
+
+    async def next_slot_number(self, repo_name: str) -> int:
+        """Return a number that no slot of the pool has, had, or will be given again.
+
+        Raises:
+            PoolNotFoundError: there is no such pool.
+        """
+
+    async def create(self, slot: Slot) -> Hold:
+        """Write a new slot's record, durably, and hold the slot. Cancelled, the record is gone again.
+
+        Raises:
+            ValueError: it is not CLEANING, or there is already such a slot.
+        """
+
+    async def delete(self, hold: Hold) -> None:
+        """Delete a held slot, its directory and all, and let go of it.
+
+        Raises:
+            LeaseLostError: the hold was taken away; nothing was deleted.
+        """
+
+    # Turns
+
+    def ticket(self, repo_name: str) -> AbstractAsyncContextManager[Ticket]:
+        """Return a context manager that holds this process's place in the queue for the block.
+
+        Raises:
+            PoolNotFoundError: there is no such pool.
+        """
+
+    async def has_tickets(self, repo_name: str) -> bool:
+        """Return whether any process waits. Who has no ticket then draws one instead of claiming."""

@@ -1,0 +1,506 @@
+"""The lease protocol on files, step by step: every function here is one step, finished in the thread that called it.
+
+A slot is held by its slot lock; its record is read, checked and written under its record lock, in that order and never
+the other way round. Whoever writes has, under the record lock, read the record anew, found its own token in it, and
+seen that the file it locks is still the one that others try to lock. That is all exclusion rests on: views are hints.
+
+Tasks, cancellation and telling others are `coordination.files`' business.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import attrs
+
+from repopool_async._clock import now
+from repopool_async._identity import boot_id, current_owner
+from repopool_async.coordination.base import Grant, Hold
+from repopool_async.coordination.view import PoolView
+from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
+from repopool_async.lock_manager import HeldLock, LockManager
+from repopool_async.models import AllocationRecord, Lease, Owner, Slot, SlotState, parse_slot_id
+from repopool_async.slot_allocator import allocated, cleaning, order_candidates
+from repopool_async.slot_store import SlotStore
+
+_log: Final = logging.getLogger("repopool")
+
+
+@attrs.frozen
+class Want:
+    """What a claim asks for; see `Coordinator.claim`."""
+
+    repo_name: str
+    lease_id: str
+    commit: str | None = None
+    branch: str | None = None
+    ref: str | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    prefer: frozenset[str] = frozenset()
+    exclude: frozenset[str] = frozenset()
+    detached_ttl: float | None = None
+    wait_seconds: float | None = None
+
+
+class Ledger:
+    """Who holds which slot, in files. May be used from several threads.
+
+    Attributes:
+        news: what happened that the owner may want to tell, oldest first; taken from by the owner.
+    """
+
+    def __init__(self, store: SlotStore, locks: LockManager, clock: Callable[[], float]) -> None:
+        self.news: deque[tuple[str, dict[str, object]]] = deque()
+        self._store = store
+        self._locks = locks
+        self._clock = clock
+        self._views: dict[str, PoolView] = {}
+        self._trying: set[str] = set()
+
+    # Claiming
+
+    def claim(self, want: Want) -> Grant | None:
+        """Lease the best free slot; None where nothing is free."""
+        view = self._view(want.repo_name)
+        is_fresh = view.is_fresh
+        slots = view.slots() if is_fresh else view.refresh()
+        grant = self._claim_first(_ordered(slots, want), want)
+        if grant is None and is_fresh:
+            seen = {slot.slot_id for slot in slots if slot.state is SlotState.AVAILABLE}
+            late = [slot for slot in view.refresh() if slot.slot_id not in seen]
+            grant = self._claim_first(_ordered(late, want), want)
+        return grant
+
+    def unclaim(self, grant: Grant) -> None:
+        """Put a slot back as it was before the claim, but for its token, which nobody shall bear again."""
+        try:
+            with self._own_record(grant) as stored:
+                self._write(attrs.evolve(grant.previous, token=stored.token))
+            self._remember("released", stored, held_seconds=0.0)
+        finally:
+            grant.lock.release_sync()
+
+    def detach(self, grant: Grant) -> Lease:
+        """Let go of a detached lease's lock; its time starts anew."""
+        lease = grant.lease
+        if lease.expires_boottime is None:
+            raise ValueError(f"{grant.slot.slot_id}: the lease is not detached; claim it with detached_ttl")
+        with self._own_record(grant) as stored:
+            self._require_unexpired(stored)
+            ttl = lease.expires_boottime - lease.acquired_boottime
+            grant.slot = self._write(_with_expiry(stored, self._clock() + ttl))
+        grant.lock.release_sync()
+        grant.lease = _lease_of(grant.slot)
+        return grant.lease
+
+    def renew(self, slot_id: str, token: int, ttl: float | None) -> Lease:
+        """Move a detached lease's expiry."""
+        with self._record(slot_id) as stored:
+            if stored.state is not SlotState.ALLOCATED or stored.token != token:
+                raise _lost(stored, token)
+            self._require_unexpired(stored)
+            is_moved = ttl is not None and _lease_of(stored).is_detached
+            slot = self._write(_with_expiry(stored, self._clock() + (ttl or 0.0))) if is_moved else stored
+        return _lease_of(slot)
+
+    def is_held(self, hold: Hold) -> bool:
+        """Return whether a hold still stands."""
+        if not isinstance(hold, Grant) or not hold.lease.is_detached:
+            return bool(hold.lock.is_current())
+        try:
+            with self._record(hold.slot.slot_id) as stored:
+                return stored.token == hold.token and self._is_kept_by_record(stored)
+        except SlotNotFoundError:
+            return False
+
+    # Giving back
+
+    def begin_return(self, grant: Grant) -> Slot:
+        """End a lease; the slot stays held."""
+        if grant.lease.is_detached and not grant.lock.is_held:
+            hold = self.release_detached(grant.slot.slot_id, grant.token)
+            grant.slot, grant.lock = hold.slot, hold.lock
+            return grant.slot
+        with self._own_record(grant) as stored:
+            if stored.state is not SlotState.ALLOCATED:
+                raise _lost(stored, grant.token)
+            held_seconds = self._held_seconds(stored)
+            grant.slot = self._write(_after_use(stored, held_seconds))
+        self._remember("released", grant.slot, held_seconds=held_seconds)
+        return grant.slot
+
+    def release_detached(self, slot_id: str, token: int) -> Hold:
+        """End a detached lease whose token is known; the slot is held from then on."""
+        with self._candidate(slot_id) as candidate:
+            stored = candidate.stored
+            if stored.token != token or not self._is_kept_by_record(stored):
+                raise _lost(stored, token)
+            held_seconds = self._held_seconds(stored)
+            hold = candidate.keep(_after_use(stored, held_seconds), may_seize=True)
+        self._remember("released", hold.slot, held_seconds=held_seconds)
+        return hold
+
+    def update(self, hold: Hold, slot: Slot) -> Slot:
+        """Write a held slot's record."""
+        with self._own_record(hold) as stored:
+            hold.slot = self._write(_keeping_expiry(slot, stored))
+        return hold.slot
+
+    def finish(self, hold: Hold, slot: Slot) -> Slot:
+        """Write what became of a slot and let go of it."""
+        with self._own_record(hold):
+            hold.slot = self._write(slot)
+        hold.lock.release_sync()
+        return hold.slot
+
+    def let_go(self, hold: Hold | None) -> None:
+        """Release the lock and leave the record."""
+        if hold is not None:
+            hold.lock.release_sync()
+
+    # Maintenance
+
+    def take(
+        self, slot_id: str, states: Collection[SlotState], *, raise_token: bool, becomes: SlotState | None
+    ) -> Hold | None:
+        """Hold a slot that nobody holds."""
+        if self._store.read_slot_sync(slot_id).state not in states:
+            return None  # trying its lock would be in a claimer's way
+        with self._candidate(slot_id) as candidate:
+            stored = candidate.stored
+            if stored.state not in states or self._is_kept_by_record(stored) or not candidate.is_locked:
+                return None
+            slot = attrs.evolve(stored, token=stored.token + raise_token, state=becomes or stored.state)
+            return candidate.keep(slot)
+
+    def orphans(self, repo_name: str) -> list[Slot]:
+        """Return the slots that nobody holds though they are not AVAILABLE."""
+        return [slot for slot in self._view(repo_name).refresh() if self._looks_orphaned(slot)]
+
+    def recover(self, slot_id: str) -> Hold | None:
+        """Take over an orphan."""
+        if not self._looks_orphaned(self._store.read_slot_sync(slot_id)):
+            return None
+        with self._candidate(slot_id) as candidate:
+            stored = candidate.stored
+            is_expired = self._is_expired(stored)
+            if not self._needs_recovery(stored) or not (candidate.is_locked or is_expired):
+                return None
+            held_seconds = self._held_seconds(stored) if stored.state is SlotState.ALLOCATED else None
+            slot = attrs.evolve(_after_use(stored, held_seconds or 0.0), token=stored.token + 1)
+            hold = candidate.keep(slot, may_seize=is_expired)
+        self._remember("expired" if is_expired else "recovered", hold.slot, held_seconds=held_seconds)
+        if is_expired:
+            self._announce("lease.expired", hold.slot)
+        return hold
+
+    def force_unlock(self, slot_id: str) -> Slot:
+        """Take a slot away from whoever holds it."""
+        with self._record(slot_id) as stored:
+            is_leased = stored.state is SlotState.ALLOCATED
+            if not is_leased and not self._locks.is_locked_sync(slot_id):
+                return stored
+            held_seconds = self._held_seconds(stored) if is_leased else None
+            after = stored if stored.state is SlotState.ERROR else _after_use(stored, held_seconds or 0.0)
+            # Killed between these two, we leave a holder whose token is stale; the other way round, the same.
+            slot = self._write(attrs.evolve(after, token=stored.token + 1))
+            self._locks.replace_sync(slot_id)
+        self._remember("forced", slot, held_seconds=held_seconds)
+        self._announce("lease.forced", slot)
+        return slot
+
+    # Records
+
+    def list_slots(self, repo_name: str) -> list[Slot]:
+        """Return a pool's slots by number."""
+        return self._view(repo_name).refresh()
+
+    def next_slot_number(self, repo_name: str) -> int:
+        """Return a number that was never given before, and remember it."""
+        with self._locks.record_lock_sync(f"numbers-{repo_name}"):
+            pool = self._store.load_pool_sync(repo_name)
+            present = [slot.number for slot in self._view(repo_name).refresh()]
+            number = max([pool.next_slot_number, *(used + 1 for used in (*present, *self._locked_numbers(repo_name)))])
+            self._store.save_pool_sync(attrs.evolve(pool, next_slot_number=number + 1))
+        return number
+
+    def begin_create(self, slot: Slot) -> Hold:
+        """Hold a slot that does not exist yet."""
+        held = self._locks.try_acquire_sync(slot.slot_id)
+        if held is None:
+            raise LockTimeoutError(f"{slot.slot_id}: is locked by another process; choose a new number")
+        try:
+            self._store.read_slot_sync(slot.slot_id)
+        except SlotNotFoundError:
+            return Hold(slot, slot.token, held)
+        except BaseException:
+            held.release_sync()
+            raise
+        held.release_sync()
+        raise ValueError(f"{slot.slot_id}: exists already; slot numbers are never used again")
+
+    def delete(self, hold: Hold) -> None:
+        """Delete a held slot and let go of it."""
+        slot_id = hold.slot.slot_id
+        with self._own_record(hold) as stored:
+            # Deleting takes long; out of the record lock, a crash half-way must find something to recover.
+            self._write(cleaning(stored))
+        self._store.delete_slot_sync(slot_id)
+        self._view(hold.slot.repo_name).forget(slot_id)
+        hold.lock.release_sync()
+
+    # Inside
+
+    def _view(self, repo_name: str) -> PoolView:
+        view = self._views.get(repo_name)
+        return view if view is not None else self._views.setdefault(repo_name, PoolView(self._store, repo_name))
+
+    def _locked_numbers(self, repo_name: str) -> Iterator[int]:
+        """Lock files are never removed: they know of every slot there ever was, whoever wrote the pool's record."""
+        for slot_id in self._locks.known_ids_sync():
+            with suppress(ValueError):
+                name, number = parse_slot_id(slot_id)
+                if name == repo_name:
+                    yield number
+
+    def _claim_first(self, candidates: list[Slot], want: Want) -> Grant | None:
+        busy = []
+        for slot in candidates:
+            # Another thread of ours is at it, and will most likely have it.
+            if slot.slot_id in self._trying:
+                busy.append(slot)
+            elif (grant := self._claim_one(slot.slot_id, want)) is not None:
+                return grant
+        return next((grant for slot in busy if (grant := self._claim_one(slot.slot_id, want)) is not None), None)
+
+    def _claim_one(self, slot_id: str, want: Want) -> Grant | None:
+        self._trying.add(slot_id)
+        try:
+            with self._candidate(slot_id) as candidate:
+                stored = candidate.stored
+                if stored.state is not SlotState.AVAILABLE or stored.seal is None or not candidate.is_locked:
+                    return None
+                lease = self._lease(stored, want)
+                hold = candidate.keep(allocated(stored, lease, lease.acquired_at))
+        except SlotNotFoundError:
+            self._view(want.repo_name).forget(slot_id)
+            return None
+        finally:
+            self._trying.discard(slot_id)
+        self._remember("allocated", hold.slot, wait_seconds=want.wait_seconds)
+        return Grant(slot=hold.slot, token=hold.token, lock=hold.lock, lease=lease, previous=stored)
+
+    def _lease(self, slot: Slot, want: Want) -> Lease:
+        started = self._clock()
+        is_detached = want.detached_ttl is not None
+        return Lease(
+            lease_id=want.lease_id,
+            token=slot.token + 1,
+            owner=_this_process(os.getpid()),
+            acquired_at=now(),
+            acquired_boottime=started,
+            expires_boottime=started + want.detached_ttl if want.detached_ttl is not None else None,
+            is_detached=is_detached,
+            ref=want.ref,
+            commit=want.commit,
+            branch=want.branch,
+            metadata=want.metadata,
+        )
+
+    @contextmanager
+    def _record(self, slot_id: str) -> Iterator[Slot]:
+        """Hold a slot's record lock for the block and give it the record."""
+        with self._locks.record_lock_sync(slot_id):
+            yield self._store.read_slot_sync(slot_id)
+
+    @contextmanager
+    def _own_record(self, hold: Hold) -> Iterator[Slot]:
+        """As `_record`, once it is certain that the hold stands."""
+        with self._record(hold.slot.slot_id) as stored:
+            if stored.token != hold.token or not self._is_still_held(hold, stored):
+                hold.lock.release_sync()
+                raise _lost(stored, hold.token)
+            yield stored
+
+    def _is_still_held(self, hold: Hold, stored: Slot) -> bool:
+        return bool(hold.lock.is_current()) or (
+            isinstance(hold, Grant) and hold.lease.is_detached and self._is_kept_by_record(stored)
+        )
+
+    @contextmanager
+    def _candidate(self, slot_id: str) -> Iterator["_Candidate"]:
+        """Try to lock a slot, and hold its record lock for the block; unless kept, the slot is let go of again."""
+        candidate = _Candidate(self, self._locks, self._locks.try_acquire_sync(slot_id))
+        try:
+            with self._record(slot_id) as stored:
+                candidate.look(stored)
+                yield candidate
+                if not candidate.is_kept:
+                    self._view(stored.repo_name).put(stored)
+        finally:
+            candidate.let_go_unless_kept()
+
+    def write(self, slot: Slot) -> Slot:
+        """Write a record; call it under the record lock."""
+        return self._write(slot)
+
+    def _write(self, slot: Slot) -> Slot:
+        self._store.write_slot_sync(slot)
+        self._view(slot.repo_name).put(slot)
+        return slot
+
+    # -- who a slot belongs to -----------------------------------------------------------------------------------
+
+    def _is_kept_by_record(self, slot: Slot) -> bool:
+        """Return whether a slot is a detached lessee's, whoever locks it."""
+        lease = slot.lease
+        return slot.state is SlotState.ALLOCATED and lease is not None and lease.is_detached and self._is_live(lease)
+
+    def _is_expired(self, slot: Slot) -> bool:
+        """Return whether a slot was a detached lessee's, and nobody has taken it over yet."""
+        lease = slot.lease
+        is_detached = slot.state is SlotState.ALLOCATED and lease is not None and lease.is_detached
+        return is_detached and not self._is_kept_by_record(slot)
+
+    def _is_live(self, lease: Lease) -> bool:
+        # After another boot the clock started anew, so the expiry means nothing.
+        return lease.owner.boot_id == boot_id() and (
+            lease.expires_boottime is None or self._clock() < lease.expires_boottime
+        )
+
+    def _looks_orphaned(self, slot: Slot) -> bool:
+        return self._needs_recovery(slot) and (self._is_expired(slot) or not self._locks.is_locked_sync(slot.slot_id))
+
+    def _needs_recovery(self, slot: Slot) -> bool:
+        """Return whether a slot must be cleaned before anybody gets it, unless somebody who locks it is at that."""
+        if slot.state is SlotState.AVAILABLE:
+            return slot.seal is None
+        return slot.state is not SlotState.ERROR and not self._is_kept_by_record(slot)
+
+    def _require_unexpired(self, stored: Slot) -> None:
+        if _lease_of(stored).is_detached and not self._is_kept_by_record(stored):
+            raise _lost(stored, stored.token)
+
+    def _held_seconds(self, slot: Slot) -> float:
+        """Return how long a lease has lasted; 0 where it began before the machine was booted."""
+        lease = slot.lease
+        if lease is None or lease.owner.boot_id != boot_id():
+            return 0.0
+        end = min(self._clock(), lease.expires_boottime if lease.expires_boottime is not None else math.inf)
+        return max(0.0, end - lease.acquired_boottime)
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def _announce(self, kind: str, slot: Slot) -> None:
+        lease_id = slot.lease.lease_id if slot.lease else None
+        about = {"slot_id": slot.slot_id, "repo_name": slot.repo_name, "lease_id": lease_id, "token": slot.token}
+        self.news.append((kind, dict[str, object](about)))
+
+    def _remember(
+        self, event: str, slot: Slot, *, wait_seconds: float | None = None, held_seconds: float | None = None
+    ) -> None:
+        """Write a line of history. Its failure stops nothing: the record is what counts, and it has been written."""
+        lease = slot.lease
+        if lease is None:
+            return
+        record = AllocationRecord(
+            event=event,
+            slot_id=slot.slot_id,
+            lease_id=lease.lease_id,
+            token=lease.token,
+            at=now(),
+            owner=lease.owner,
+            ref=lease.ref,
+            commit=lease.commit,
+            branch=lease.branch,
+            wait_seconds=wait_seconds,
+            held_seconds=held_seconds,
+            metadata=lease.metadata,
+        )
+        try:
+            self._store.append_history_sync(record)
+        except (StoreError, SlotNotFoundError) as error:
+            _log.warning("%s: history of %s not written: %s", slot.slot_id, event, error)
+            self.news.append(("history.failed", {"slot_id": slot.slot_id, "event": event, "error": str(error)}))
+
+
+class _Candidate:
+    """A slot that somebody looks at under its record lock, and may decide to keep."""
+
+    def __init__(self, ledger: Ledger, locks: LockManager, held: HeldLock | None) -> None:
+        self.stored: Slot
+        self.is_locked = False
+        self._ledger = ledger
+        self._locks = locks
+        self._held = held
+        self.is_kept = False
+
+    def look(self, stored: Slot) -> None:
+        """Note the record, and whether the lock is ours and still worth anything."""
+        self.stored = stored
+        self.is_locked = self._held is not None and self._held.is_current()
+
+    def keep(self, slot: Slot, *, may_seize: bool = False) -> Hold:
+        """Write the record, where it is another one, and keep the lock, which is taken by force where that is said."""
+        held = self._held
+        if held is None or not self.is_locked:
+            if not may_seize:
+                raise AssertionError(f"{slot.slot_id}: kept without its lock")
+            self.let_go_unless_kept()
+            self._held = held = self._locks.seize_sync(slot.slot_id)
+        if slot != self.stored:
+            self._ledger.write(slot)
+        self.is_kept = True
+        return Hold(slot, slot.token, held)
+
+    def let_go_unless_kept(self) -> None:
+        """Release the lock of a slot that was only looked at."""
+        if self._held is not None and not self.is_kept:
+            self._held.release_sync()
+
+
+def _ordered(slots: list[Slot], want: Want) -> list[Slot]:
+    ordered = order_candidates(slots, commit=want.commit, branch=want.branch)
+    if not want.prefer and not want.exclude:
+        return ordered
+    wanted = (slot for slot in ordered if slot.slot_id not in want.exclude)
+    return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)
+
+
+def _after_use(slot: Slot, held_seconds: float) -> Slot:
+    return attrs.evolve(cleaning(slot), total_allocated_seconds=slot.total_allocated_seconds + held_seconds)
+
+
+def _with_expiry(slot: Slot, expires_boottime: float) -> Slot:
+    return attrs.evolve(slot, lease=attrs.evolve(_lease_of(slot), expires_boottime=expires_boottime))
+
+
+def _keeping_expiry(slot: Slot, stored: Slot) -> Slot:
+    if slot.lease is None or stored.lease is None or slot.lease.lease_id != stored.lease.lease_id:
+        return slot
+    return attrs.evolve(slot, lease=attrs.evolve(slot.lease, expires_boottime=stored.lease.expires_boottime))
+
+
+def _lease_of(slot: Slot) -> Lease:
+    if slot.lease is None:
+        raise StoreError(f"{slot.slot_id}: is {slot.state} without a lease; force_unlock sends it to recovery")
+    return slot.lease
+
+
+def _lost(stored: Slot, token: int) -> LeaseLostError:
+    return LeaseLostError(
+        f"{stored.slot_id}: the lease with token {token} has ended or was taken away (the slot is {stored.state} with "
+        f"token {stored.token} now); take a new lease",
+        repo_name=stored.repo_name,
+        slot_id=stored.slot_id,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Owner:  # noqa: ARG001 - a forked child is somebody else
+    return current_owner()
