@@ -1,0 +1,330 @@
+"""Brings slots to a verified clean state, climbing the repair ladder where the first rung does not hold.
+
+It ends what a lease left running, asks the workspace strategy to clean, calls the owner's callbacks, seals, and writes
+the clean-up log. It moves no slot between states: callers hold the slot and record the outcome. It knows nothing of
+alternates, indexes or mounts (the strategy's business).
+"""
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import attrs
+
+from repopool_async._clock import boottime, now
+from repopool_async.exceptions import (
+    CleanupError,
+    GitAccessError,
+    GitDiskFullError,
+    GitMirrorDamagedError,
+    GitOperationError,
+    GitTransientError,
+    PoolManagerError,
+)
+from repopool_async.git_operations import GitOperations
+from repopool_async.hosts.base import Host
+from repopool_async.lock_manager import LockManager
+from repopool_async.mirror import Mirror
+from repopool_async.models import CleanupResult, Seal, Slot
+from repopool_async.slot_store import SlotStore
+from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
+from repopool_async.workspaces.clone import CloneWorkspace
+
+_log: Final = logging.getLogger("repopool")
+
+LEASE_MARK: Final = "REPOPOOL_LEASE_ID"
+"""Environment variable that every process started in a lease bears."""
+
+SlotCallback = Callable[[Slot], Awaitable[None] | None]
+"""A callback of the pool's owner, sync or async; raising rejects the slot."""
+
+_NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError)
+
+
+@attrs.frozen
+class Callbacks:
+    """How custom clean-up plugs in.
+
+    Attributes:
+        configure: called with a slot after it was made, before its first seal.
+        check: called before a slot is handed out. reset: called after cleaning, before the seal.
+    """
+
+    configure: SlotCallback | None = None
+    check: SlotCallback | None = None
+    reset: SlotCallback | None = None
+
+
+class SlotCleaner:
+    """Cleans, verifies, repairs and warms slots.
+
+    Args:
+        git: where git runs (`git.host`) and how (`git.runner`).
+        workspace: the strategy; where missing, slots are clones in the layout of a workspaces directory, and each
+            slot's mirror is found from its path.
+        store: where the clean-up log is written; found from the slot's path where missing.
+        callbacks: of the pool's owner. on_event: told of what happens, a kind and fields.
+    """
+
+    def __init__(
+        self,
+        git: GitOperations,
+        *,
+        workspace: WorkspaceStrategy | None = None,
+        store: SlotStore | None = None,
+        callbacks: Callbacks | None = None,
+        on_event: Callable[[str, dict[str, object]], None] | None = None,
+    ) -> None:
+        self._git = git
+        self._host: Host = git.runner.host
+        self._workspace = workspace
+        self._store = store
+        self._callbacks = callbacks or Callbacks()
+        self._on_event = on_event
+        self._derived: dict[str, WorkspaceStrategy] = {}
+
+    async def provision(self, slot: Slot, checkout: Checkout) -> CleanupResult:
+        """Make a new slot's tree (1.2).
+
+        Raises:
+            CleanupError: it could not be made; the cause is chained.
+        """
+        log = _Log(slot, "provision")
+        try:
+            work = await self._strategy(slot).provision(slot, checkout)
+            await _call(self._callbacks.configure, slot)
+            return await self._sealed(log, slot, checkout, work)
+        except (PoolManagerError, OSError) as error:
+            await self._failed(log, error)
+            raise
+
+    async def cleanup_before_allocation(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
+        """Bring a sealed slot to what a lease asked for; nothing is done where it stands there already.
+
+        Args:
+            slot: AVAILABLE or just claimed. checkout: what it shall show; what it was sealed at where missing.
+
+        Raises:
+            CleanupError: no rung of the ladder helped; quarantine the slot.
+        """
+        wanted = checkout or _standing(slot)
+        log = _Log(slot, "prepare")
+        try:
+            work = await self._strategy(slot).prepare(slot, wanted)
+        except _NOT_HELPED_BY_CLIMBING as error:
+            await self._failed(log, error)
+            raise
+        except (PoolManagerError, OSError) as error:
+            log.note(error)
+            result = await self._climb(log, slot, wanted, first=Rung.CLEAN)
+            await self._check(log, slot)
+            return result
+        await self._check(log, slot)
+        if work.warm and slot.seal is not None and work.steps == ("warm",):
+            return log.result(wanted, work, slot.seal)  # nothing was done, so nothing is logged
+        seal = await self._strategy(slot).seal(slot, wanted, keeps_mark=True)
+        return await self._logged(log.result(wanted, work, seal))
+
+    async def cleanup_after_release(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
+        """End what the last lease left running and remove every trace of it (3.2 to 3.4).
+
+        Args:
+            slot: not AVAILABLE; its last lease is in the record. checkout: what it shall show afterwards.
+
+        Raises:
+            CleanupError: no rung of the ladder helped; quarantine the slot.
+        """
+        first = await self._end_lease(slot)
+        return await self._climb(_Log(slot, "return"), slot, checkout or _standing(slot), first=first)
+
+    async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
+        """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
+        first = await self._end_lease(slot)
+        return await self._climb(_Log(slot, "recover"), slot, checkout, first=first)
+
+    async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
+        """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
+        await self._end_lease(slot)
+        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=Rung.RECREATE_TREE)
+
+    async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
+        """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
+        return await self._strategy(slot).verify(slot)
+
+    async def warmup_slot(self, slot: Slot, checkout: Checkout) -> CleanupResult:
+        """Bring a sealed, unleased slot to a commit ahead of the lease that will want it (10.3)."""
+        result = await self.cleanup_before_allocation(slot, checkout)
+        return attrs.evolve(result, operation="warmup")
+
+    async def get_cleanup_log(self, slot_id: str, *, limit: int | None = None) -> list[CleanupResult]:
+        """Return what was done to a slot, newest last (3.5).
+
+        Args:
+            limit: how many of the newest.
+        """
+        if self._store is None:
+            raise CleanupError(f"{slot_id}: this cleaner was given no store, so there is no log to read")
+        return await self._store.cleanup_log(slot_id, limit=limit)
+
+    async def discard(self, slot: Slot) -> None:
+        """Forget what is kept for a slot outside its directory; it is about to be deleted."""
+        await self._strategy(slot).discard(slot)
+
+    # -- the ladder ----------------------------------------------------------------------------------------------
+
+    async def _climb(self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung) -> CleanupResult:
+        rung = first
+        while True:
+            try:
+                return await self._try_rung(log, slot, checkout, rung)
+            except (PoolManagerError, OSError) as error:
+                log.note(error)
+                following = _next_rung(rung, error)
+                if following is None:
+                    await self._failed(log, error)
+                    raise CleanupError(
+                        f"{slot.slot_id}: could not be cleaned ({_brief(error)}); it is quarantined, see its clean-up "
+                        f"log; `repair_slot` tries again",
+                        slot_id=slot.slot_id,
+                        repo_name=slot.repo_name,
+                    ) from error
+                rung = following
+                log.rung = rung
+
+    async def _try_rung(self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung) -> CleanupResult:
+        trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
+        work = await self._strategy(slot).restore(slot, checkout, rung=rung, trust_untouched=trust_untouched)
+        await _call(self._callbacks.reset, slot)
+        return await self._sealed(log, slot, checkout, work)
+
+    async def _end_lease(self, slot: Slot) -> Rung:
+        """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
+        if slot.lease is None:
+            return Rung.CLEAN
+        mark = f"{LEASE_MARK}={slot.lease.lease_id}"
+        ended = await self._host.end_processes(mark=mark, tree=slot.path)
+        if ended.killed:
+            self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
+        if not ended.bystanders:
+            return Rung.CLEAN
+        self._tell("slot.bystanders", slot_id=slot.slot_id, processes=ended.bystanders)
+        return Rung.RECREATE_TREE
+
+    async def _sealed(self, log: "_Log", slot: Slot, checkout: Checkout, work: Work) -> CleanupResult:
+        seal = await self._strategy(slot).seal(slot, checkout)
+        return await self._logged(log.result(checkout, work, seal))
+
+    async def _check(self, log: "_Log", slot: Slot) -> None:
+        try:
+            await _call(self._callbacks.check, slot)
+        except CleanupError as error:
+            await self._failed(log, error)
+            raise
+
+    async def _failed(self, log: "_Log", error: BaseException) -> None:
+        self._tell("slot.cleanup_failed", slot_id=log.slot.slot_id, error=_brief(error))
+        await self._logged(log.failure(error))
+
+    async def _logged(self, result: CleanupResult) -> CleanupResult:
+        if self._store is not None:
+            await self._store.append_cleanup(result)
+        return result
+
+    def _strategy(self, slot: Slot) -> WorkspaceStrategy:
+        if self._workspace is not None:
+            return self._workspace
+        pool_directory = slot.path.rpartition("/slots/")[0]
+        if pool_directory not in self._derived:
+            mirror = Mirror(
+                f"{pool_directory}/mirror.git",
+                slot.repo_url,
+                host=self._host,
+                git=self._git.runner,
+                locks=LockManager(f"{pool_directory.rpartition('/')[0]}/locks"),
+                repo_name=slot.repo_name,
+            )
+            self._derived[pool_directory] = CloneWorkspace(host=self._host, git=self._git.runner, mirror=mirror)
+        return self._derived[pool_directory]
+
+    def _tell(self, kind: str, **fields: object) -> None:
+        _log.info("%s %s", kind, fields)
+        if self._on_event is not None:
+            self._on_event(kind, fields)
+
+
+@attrs.define
+class _Log:
+    """The log line of one cleaning, while it is being written."""
+
+    slot: Slot
+    operation: str
+    rung: Rung | None = None
+    notes: list[str] = attrs.field(factory=list)
+    started: float = attrs.field(factory=boottime)
+
+    def note(self, error: BaseException) -> None:
+        self.notes.append(f"failed: {_brief(error)}")
+
+    def result(self, checkout: Checkout, work: Work, seal: Seal) -> CleanupResult:
+        return CleanupResult(
+            slot_id=self.slot.slot_id,
+            operation=self.operation,
+            success=True,
+            started_at=now(),
+            duration_seconds=boottime() - self.started,
+            commit=checkout.commit,
+            steps=(*self.notes, *work.steps),
+            removed=work.removed,
+            restored=work.restored,
+            rung=self.rung.name.lower() if self.rung else None,
+            seal=seal,
+        )
+
+    def failure(self, error: BaseException) -> CleanupResult:
+        return CleanupResult(
+            slot_id=self.slot.slot_id,
+            operation=self.operation,
+            success=False,
+            started_at=now(),
+            duration_seconds=boottime() - self.started,
+            steps=tuple(self.notes),
+            rung=self.rung.name.lower() if self.rung else None,
+            error=_brief(error),
+        )
+
+
+def _next_rung(rung: Rung, error: BaseException) -> Rung | None:
+    """Return the next rung worth trying after an error, None at the end of the ladder or where climbing cannot help."""
+    if isinstance(error, _NOT_HELPED_BY_CLIMBING) or rung is Rung.REBUILD_MIRROR:
+        return None
+    if isinstance(error, GitMirrorDamagedError):
+        return Rung.REBUILD_MIRROR
+    if rung is Rung.RECREATE_TREE and not isinstance(error, GitOperationError):
+        return None  # a new mirror does not mend a file system or a callback
+    return Rung(rung + 1)
+
+
+def _standing(slot: Slot) -> Checkout:
+    if slot.seal is None:
+        raise CleanupError(f"{slot.slot_id}: was never sealed; say which commit it shall show", slot_id=slot.slot_id)
+    return Checkout(commit=slot.seal.commit, branch=slot.seal.branch)
+
+
+async def _call(callback: SlotCallback | None, slot: Slot) -> None:
+    if callback is None:
+        return
+    try:
+        outcome = callback(slot)
+        if inspect.isawaitable(outcome):
+            await outcome
+    except Exception as error:
+        name = getattr(callback, "__name__", repr(callback))
+        raise CleanupError(
+            f"{slot.slot_id}: the callback {name} rejected the slot: {type(error).__name__}: {error}",
+            slot_id=slot.slot_id,
+        ) from error
+
+
+def _brief(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""How a tree comes to be and becomes clean again."""

@@ -1,0 +1,106 @@
+"""How a tree comes to be and becomes clean again: one small protocol, so that strategies can be exchanged.
+
+The cleaner, the pool and the allocator know trees only through it: nothing of alternates, indexes or mounts shows here.
+A strategy never executes anything that lies in a tree, and never touches a path outside the slot's directory but the
+pool's trash.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Protocol
+
+import attrs
+
+from repopool_async.models import Seal, Slot
+
+
+class Rung(IntEnum):
+    """The repair ladder; each rung trusts less of what is there than the one below."""
+
+    CLEAN = 1
+    """Bring the tree back in place."""
+    REBUILD_GIT = 2
+    """Forget the pool's own git directory and index of the slot, and rewrite every file."""
+    RECREATE_TREE = 3
+    """Make a new tree beside the old one (new inodes) and put it in its place."""
+    REBUILD_MIRROR = 4
+    """Clone the mirror anew, then as before."""
+
+
+@attrs.frozen
+class Checkout:
+    """What a tree shall show.
+
+    Attributes:
+        commit: the full id. branch: the local branch, None for a detached HEAD.
+        is_tracking: whether the branch follows `origin/<branch>`.
+    """
+
+    commit: str
+    branch: str | None = None
+    is_tracking: bool = True
+
+
+@attrs.frozen
+class Work:
+    """What a strategy did.
+
+    Attributes:
+        steps: in order, for the clean-up log. removed: untracked entries that went. restored: tracked files rewritten.
+        warm: whether the tree stood there already.
+    """
+
+    steps: tuple[str, ...] = ()
+    removed: int = 0
+    restored: int = 0
+    warm: bool = False
+
+
+class WorkspaceStrategy(Protocol):
+    """Makes trees and makes them clean again.
+
+    Every method is given the slot as recorded. A cancelled or failed call leaves a tree that only `restore` may touch.
+    """
+
+    async def provision(self, slot: Slot, checkout: Checkout) -> Work:
+        """Make the slot's tree from nothing, replacing whatever is there.
+
+        Raises:
+            GitOperationError, OSError: it could not be made.
+        """
+
+    async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
+        """Bring a sealed tree to another commit, branch or set of refs, before a lease.
+
+        Raises:
+            CleanupError: the tree is not the one that was sealed; `restore` it.
+            GitOperationError, OSError: it could not be done.
+        """
+
+    async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
+        """Bring a tree that a lessee had to `checkout`, removing everything that is not part of it.
+
+        No process of the lease runs any more. Nothing of the lessee's is executed or believed.
+
+        Args:
+            rung: how little to trust. trust_untouched: whether a tree in which no inode changed since the seal may be
+                taken as it is.
+
+        Raises:
+            CleanupError: the tree is not clean afterwards; try the next rung.
+            GitOperationError, OSError: likewise.
+        """
+
+    async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+        """Return the record that the tree is clean now.
+
+        Args:
+            keeps_mark: keep counting changes from the previous seal on (after `prepare`, which did not look at the
+                whole tree).
+        """
+
+    async def verify(self, slot: Slot) -> Sequence[str]:
+        """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
+
+    async def discard(self, slot: Slot) -> None:
+        """Forget what the strategy keeps for the slot outside the slot's own directory."""

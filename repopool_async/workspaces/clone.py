@@ -1,0 +1,395 @@
+"""The portable strategy: a clone that borrows the mirror's objects and whose git directory is replaced, not cleaned.
+
+The pool's git runs with a trusted git directory *outside* the tree (`pristine/git`: no refs, no hooks, an index kept
+from the last seal). A lessee gets a copy made for it, file by file; what it gave back is renamed into the trash unread.
+Changes are found by the kernel's own change time of every inode since the seal, which a process cannot forge, and what
+changed is rewritten, never merely refreshed.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+import anyio
+import attrs
+
+from repopool_async._aio import together
+from repopool_async._clock import now, wall_minus_boot_ns
+from repopool_async._git import GitRunner
+from repopool_async._identity import boot_id
+from repopool_async.exceptions import CleanupError
+from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
+from repopool_async.hosts.base import (
+    Discard,
+    FileKind,
+    FileStat,
+    Host,
+    MakeDirectory,
+    RemoveFile,
+    Rename,
+    Settled,
+    TreeInspection,
+    WriteFile,
+)
+from repopool_async.mirror import Mirror
+from repopool_async.models import GitResult, Seal, Slot
+from repopool_async.refs import RefsSnapshot
+from repopool_async.workspaces.base import Checkout, Rung, Work
+
+_CLOCK_STEP_NS: Final = 5_000_000
+"""A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
+
+_TICK_SECONDS: Final = 0.002
+_NAMES_LIMIT: Final = 256 * 1024 * 1024
+
+
+@attrs.frozen
+class _Paths:
+    """Where a slot's things lie."""
+
+    tree: str
+
+    @property
+    def directory(self) -> str:
+        return self.tree.rpartition("/")[0]
+
+    @property
+    def pristine(self) -> str:
+        return f"{self.directory}/pristine"
+
+    @property
+    def git(self) -> str:
+        return f"{self.pristine}/git"
+
+    @property
+    def gitlinks(self) -> str:
+        return f"{self.pristine}/gitlinks"
+
+    @property
+    def settled(self) -> str:
+        return f"{self.pristine}/settled"
+
+    @property
+    def trash(self) -> str:
+        pool_directory = self.directory.rpartition("/slots/")[0]
+        return f"{pool_directory}/trash"
+
+
+class CloneWorkspace:
+    """`WorkspaceStrategy` for a clone with borrowed objects.
+
+    Args:
+        host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
+    """
+
+    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror) -> None:
+        self._host = host
+        self._git = git
+        self._mirror = mirror
+
+    async def provision(self, slot: Slot, checkout: Checkout) -> Work:
+        """See `WorkspaceStrategy.provision`."""
+        paths = _Paths(slot.path)
+        await self._sweep_beside(paths)
+        await self._renew_pristine(paths)
+        beside = f"{slot.path}.new-{secrets.token_hex(4)}"
+        await self._host.apply([MakeDirectory(beside)])
+        await self._check_out(slot, checkout, tree=beside)
+        await self._verify_clean(slot, tree=beside)
+        await self._host.apply([Discard(slot.path, paths.trash), Rename(beside, slot.path)])
+        await self._install(slot, checkout)
+        return Work(steps=("tree made anew",))
+
+    async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
+        """See `WorkspaceStrategy.prepare`."""
+        seal = await self._checked_seal(slot)
+        snapshot = await self._mirror.snapshot()
+        if seal.commit == checkout.commit:
+            if seal.branch == checkout.branch and seal.refs_generation == snapshot.generation:
+                return Work(steps=("warm",), warm=True)
+            await self._install(slot, checkout)
+            return Work(steps=("refs renewed",), warm=True)
+        await self._check_out(slot, checkout)
+        await self._note_settled(slot, seal, checkout.commit)
+        await self._install(slot, checkout)
+        return Work(steps=("checked out",))
+
+    async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
+        """See `WorkspaceStrategy.restore`."""
+        if rung >= Rung.REBUILD_MIRROR:
+            await self._mirror.rebuild()
+        if rung >= Rung.RECREATE_TREE:
+            return await self.provision(slot, checkout)
+        paths = _Paths(slot.path)
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY or not _is_same_tree(root, slot.seal):
+            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
+        since = _trusted_mark(slot.seal) if rung is Rung.CLEAN else None
+        if rung is Rung.REBUILD_GIT:
+            await self._renew_pristine(paths)
+        settled = await self._settled(slot)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
+        await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
+        is_quiet = since is not None and root.ctime_ns < settled.since_ns
+        if trust_untouched and is_quiet and _is_untouched(inspection):
+            work = await self._switch_untouched(slot, checkout)
+        else:
+            work = await self._clean(slot, checkout, inspection)
+        await self._install(slot, checkout)
+        return work
+
+    async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+        """See `WorkspaceStrategy.seal`."""
+        snapshot = await self._mirror.snapshot()
+        previous = slot.seal
+        offset = wall_minus_boot_ns()
+        settled = mark = await self._mark(slot)
+        if keeps_mark and previous is not None:
+            mark, offset = previous.mark_ns, previous.clock_offset_ns
+        root = await self._root(slot)
+        return Seal(
+            commit=checkout.commit,
+            branch=checkout.branch,
+            refs_generation=snapshot.generation,
+            boot_id=boot_id(),
+            mark_ns=mark,
+            settled_ns=settled,
+            clock_offset_ns=offset,
+            tree_device=root.device,
+            tree_inode=root.inode,
+        )
+
+    async def verify(self, slot: Slot) -> Sequence[str]:
+        """See `WorkspaceStrategy.verify`."""
+        try:
+            seal = await self._checked_seal(slot)
+        except CleanupError as error:
+            return [error.message]
+        problems = await self._differences(slot, tree=slot.path)
+        head = await self._host.read_bytes(f"{slot.path}/.git/HEAD", limit=4096)
+        expected = f"ref: refs/heads/{seal.branch}" if seal.branch else seal.commit
+        if head is None or head.decode(errors="replace").strip() != expected:
+            problems.append(f"HEAD is not {expected!r}")
+        index = await self._host.stat(f"{slot.path}/.git/index")
+        if index is None:
+            problems.append("the index is missing")
+        settled = await self._settled(slot)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
+        problems += [f"changed since the seal: {name}" for name in inspection.changed]
+        return problems
+
+    async def discard(self, slot: Slot) -> None:
+        """See `WorkspaceStrategy.discard`."""
+        await self._mirror.unkeep(slot.slot_id)
+
+    # -- cleaning in place ---------------------------------------------------------------------------------------
+
+    async def _switch_untouched(self, slot: Slot, checkout: Checkout) -> Work:
+        assert slot.seal is not None
+        if slot.seal.commit == checkout.commit:
+            return Work(steps=("untouched",), warm=True)
+        await self._check_out(slot, checkout)
+        await self._verify_clean(slot, tree=slot.path)
+        return Work(steps=("untouched", "checked out"))
+
+    async def _clean(self, slot: Slot, checkout: Checkout, inspection: TreeInspection) -> Work:
+        if inspection.mounts:
+            raise CleanupError(
+                f"{slot.slot_id}: a file system is mounted at {inspection.mounts[0]!r} in the tree; unmount it, then "
+                f"repair_slot",
+                slot_id=slot.slot_id,
+            )
+        trash = _Paths(slot.path).trash
+        # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
+        suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot)]
+        removed = await self._host.remove_entries(slot.path, suspects, trash=trash)
+        # Whole directories next, so that the time to available does not depend on what a lessee left in them.
+        untracked = await self._untracked(slot, tree=slot.path)
+        removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
+        restored = await self._host.remove_entries(slot.path, inspection.changed, trash=trash)
+        await self._check_out(slot, checkout)
+        await self._verify_clean(slot, tree=slot.path)
+        return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
+
+    async def _check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> None:
+        """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
+        paths = _Paths(slot.path)
+        tree = tree or slot.path
+        await self._host.apply(
+            [RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", f"{checkout.commit}\n".encode())]
+        )
+        await self._run(slot, "read-tree", "--reset", "-u", checkout.commit, tree=tree)
+        gitlinks = await self._list_gitlinks(slot, checkout.commit)
+        await self._host.apply(
+            [
+                *(MakeDirectory(f"{tree}/{name}") for name in gitlinks),
+                WriteFile(paths.gitlinks, b"".join(name.encode(errors="surrogateescape") + b"\0" for name in gitlinks)),
+            ]
+        )
+        await self._mirror.keep(slot.slot_id, checkout.commit)
+
+    async def _verify_clean(self, slot: Slot, *, tree: str) -> None:
+        problems = await self._differences(slot, tree=tree)
+        if problems:
+            shown = ", ".join(problems[:5])
+            raise CleanupError(f"{slot.slot_id}: not clean after cleaning: {shown}", slot_id=slot.slot_id)
+
+    async def _differences(self, slot: Slot, *, tree: str) -> list[str]:
+        """Return what differs between the tree and the pristine index, both ways."""
+        found: list[str] = []
+
+        async def modified() -> None:
+            listing = await self._run(slot, "diff-files", "-z", "--name-only", "--ignore-submodules=all", tree=tree)
+            found.extend(f"modified: {name}" for name in _names(listing.stdout))
+
+        async def untracked() -> None:
+            found.extend(f"untracked: {name}" for name in await self._untracked(slot, tree=tree))
+
+        await together(modified, untracked)
+        return found
+
+    async def _untracked(self, slot: Slot, *, tree: str) -> list[str]:
+        """List what the index does not know, ignored or not, directories as one entry."""
+        listing = await self._run(slot, "ls-files", "-z", "--others", "--directory", tree=tree)
+        return [name.rstrip("/") for name in _names(listing.stdout)]
+
+    # -- submodule places: nothing may lie in them, and git does not look there -----------------------------------
+
+    async def _gitlinks(self, slot: Slot) -> list[str]:
+        """Return the submodule places that are not empty, of the commit the slot stands on."""
+        data = await self._host.read_bytes(_Paths(slot.path).gitlinks, limit=_NAMES_LIMIT)
+        names = _names(data or b"")
+        return [name for name in names if await self._host.list_directory(f"{slot.path}/{name}")]
+
+    async def _list_gitlinks(self, slot: Slot, commit: str) -> list[str]:
+        listing = await self._run(slot, "ls-tree", "-r", "-d", "-z", commit)
+        entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(b"160000 ")]
+        return [name.decode(errors="surrogateescape") for _, _, name in entries]
+
+    # -- what we changed ourselves after the mark, which is no lessee's work ------------------------------------
+
+    async def _note_settled(self, slot: Slot, seal: Seal, commit: str) -> None:
+        """Remember which entries a check-out before a lease touched: their change times are later than the mark."""
+        listing = await self._run(slot, "diff-tree", "-r", "-z", "--name-only", "--no-renames", seal.commit, commit)
+        names = set(_names(listing.stdout)) | (await self._settled(slot)).names
+        for name in list(names):
+            while name := name.rpartition("/")[0]:
+                names.add(name)
+        data = b"".join(name.encode(errors="surrogateescape") + b"\0" for name in sorted(names))
+        await self._host.apply([WriteFile(_Paths(slot.path).settled, data)])
+
+    async def _settled(self, slot: Slot) -> Settled:
+        seal = slot.seal
+        if seal is None or seal.settled_ns == seal.mark_ns:
+            return Settled(seal.mark_ns if seal else 0, frozenset())
+        data = await self._host.read_bytes(_Paths(slot.path).settled, limit=_NAMES_LIMIT)
+        return Settled(seal.settled_ns, frozenset(_names(data or b"")))
+
+    # -- the git directories -------------------------------------------------------------------------------------
+
+    async def _renew_pristine(self, paths: _Paths) -> None:
+        snapshot = await self._mirror.snapshot()
+        steps = pristine_steps(paths.git, alternates=self._mirror.objects, object_format=snapshot.object_format)
+        await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
+
+    async def _install(self, slot: Slot, checkout: Checkout) -> None:
+        """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way."""
+        paths = _Paths(slot.path)
+        outgoing = f"{paths.pristine}/outgoing"
+        for attempt in (1, 2):
+            shows = self._git_directory(checkout, await self._mirror.snapshot())
+            try:
+                await self._host.apply(
+                    [
+                        Discard(outgoing, paths.trash),
+                        *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
+                        Discard(f"{slot.path}/.git", paths.trash),
+                        Rename(outgoing, f"{slot.path}/.git"),
+                    ]
+                )
+            except FileNotFoundError:
+                # The snapshot's file was replaced by newer ones while we copied; the next look finds the newest.
+                if attempt == 2:
+                    raise
+            else:
+                return
+
+    def _git_directory(self, checkout: Checkout, snapshot: RefsSnapshot) -> GitDirectory:
+        return GitDirectory(
+            commit=checkout.commit,
+            branch=checkout.branch,
+            is_tracking=checkout.is_tracking and checkout.branch in snapshot.branches,
+            default_branch=snapshot.default_branch,
+            url=self._mirror.url,
+            remotes=self._mirror.remotes,
+            packed_refs=snapshot.packed_refs,
+            alternates=self._mirror.objects,
+            object_format=snapshot.object_format,
+            at=now(),
+        )
+
+    # -- sealing -------------------------------------------------------------------------------------------------
+
+    async def _mark(self, slot: Slot) -> int:
+        """Return a time on the file system's clock after which every change of the tree shows.
+
+        That clock ticks every few milliseconds: a mark within the tick of our own last write could not tell that write
+        from a lessee's first.
+        """
+        paths = _Paths(slot.path)
+        first = await self._host.file_system_clock_ns(paths.pristine)
+        while (mark := await self._host.file_system_clock_ns(paths.pristine)) <= first:  # noqa: ASYNC110 - a clock
+            await anyio.sleep(_TICK_SECONDS)
+        return mark
+
+    async def _checked_seal(self, slot: Slot) -> Seal:
+        root = await self._root(slot)
+        if slot.seal is None or slot.seal.boot_id != boot_id() or not _is_same_tree(root, slot.seal):
+            raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
+        if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
+            raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
+        return slot.seal
+
+    async def _root(self, slot: Slot) -> FileStat:
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY:
+            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} is gone", slot_id=slot.slot_id)
+        return root
+
+    async def _sweep_beside(self, paths: _Paths) -> None:
+        """Discard trees that a killed process was making beside this one."""
+        prefix = paths.tree.rpartition("/")[2] + ".new-"
+        names = [name for name in await self._host.list_directory(paths.directory) if name.startswith(prefix)]
+        await self._host.apply([Discard(f"{paths.directory}/{name}", paths.trash) for name in names])
+
+    async def _run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
+        return await self._git.run(*args, git_dir=_Paths(slot.path).git, work_tree=tree, cwd=tree, slot_id=slot.slot_id)
+
+
+def _names(data: bytes) -> list[str]:
+    return [name.decode(errors="surrogateescape") for name in data.split(b"\0") if name]
+
+
+def _is_same_tree(root: FileStat, seal: Seal | None) -> bool:
+    return seal is not None and (root.device, root.inode) == (seal.tree_device, seal.tree_inode)
+
+
+def _trusted_mark(seal: Seal | None) -> int | None:
+    """Return the seal's mark, None where file times prove nothing (another boot, or somebody set the clock)."""
+    if seal is None or seal.boot_id != boot_id():
+        return None
+    moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
+    return seal.mark_ns if moved < _CLOCK_STEP_NS else None
+
+
+def _is_untouched(inspection: TreeInspection) -> bool:
+    return not any(
+        (
+            inspection.changed,
+            inspection.changed_directories,
+            inspection.special,
+            inspection.repositories,
+            inspection.unlocked,
+            inspection.mounts,
+        )
+    )
