@@ -1,0 +1,79 @@
+"""Puts right what nobody else will: slots of dead owners, leases taken away, trash.
+
+One background loop per manager, and the same sweep on demand (`PoolManager.recover`). Everything it does is reported as
+an event. It decides nothing about a single slot; pools and coordinators do.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from repopool_async._aio import TaskSet
+from repopool_async.exceptions import PoolManagerError
+from repopool_async.hosts.base import Host
+from repopool_async.repo_pool import RepoPool
+from repopool_async.slot_store import SlotStore
+
+_log: Final = logging.getLogger("repopool")
+
+_LEASE_CHECK_SECONDS: Final = 1.0
+
+
+class Janitor:
+    """Sweeps the pools of one manager.
+
+    Args:
+        pools: returns the pools as they are now. interval_seconds: between two sweeps.
+    """
+
+    def __init__(
+        self, pools: Callable[[], Iterable[RepoPool]], *, host: Host, store: SlotStore, interval_seconds: float
+    ) -> None:
+        self._pools = pools
+        self._host = host
+        self._store = store
+        self._interval_seconds = interval_seconds
+        self._tasks = TaskSet("janitor")
+
+    def start(self) -> None:
+        """Begin to sweep in the background."""
+        self._tasks.spawn(self._sweep_for_ever(), name="sweep")
+        self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
+
+    async def stop(self) -> None:
+        """End the background work; a sweep under way is interrupted where it may be."""
+        await self._tasks.cancel()
+
+    async def sweep(self) -> list[str]:
+        """Take over what dead owners left, empty the trash, and return the ids of the slots being recovered."""
+        recovered: list[str] = []
+        for pool in self._pools():
+            recovered += await pool.keeper.recover()
+            await self._empty_trash(pool)
+        return recovered
+
+    async def _empty_trash(self, pool: RepoPool) -> None:
+        trash = str(self._store.trash_path(pool.name))
+        for name in await self._host.list_directory(trash):
+            try:
+                await self._host.remove_tree(f"{trash}/{name}")
+            except OSError as error:
+                _log.warning("%s: cannot delete %s/%s: %s", pool.name, trash, name, error)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except (PoolManagerError, OSError):
+                _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
+            await asyncio.sleep(self._interval_seconds)
+
+    async def _watch_leases_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_LEASE_CHECK_SECONDS)
+            for pool in self._pools():
+                try:
+                    await pool.notice_lost_leases()
+                except (PoolManagerError, OSError):
+                    _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)

@@ -1,0 +1,630 @@
+"""The facade: pools by name, their configuration, opening and closing.
+
+Everything that concerns one repository is delegated to its `RepoPool`; this module finds the pool a name or a slot id
+means, makes and deletes pools, and owns what they share.
+"""
+
+import asyncio
+import logging
+import os
+import resource
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+import attrs
+
+from repopool_async._aio import Deadline, TaskSet, in_thread, shielded, together
+from repopool_async._clock import boottime, now
+from repopool_async._git import GitRunner, base_environment, check_git_version
+from repopool_async._git_arguments import Credentials, split_credentials, validate_url
+from repopool_async.config import PoolConfig, PoolOptions, validate_repo_name
+from repopool_async.coordination.files import FileCoordinator
+from repopool_async.events import Event, EventBus
+from repopool_async.exceptions import (
+    ManagerClosedError,
+    PlatformNotSupportedError,
+    PoolExistsError,
+    PoolManagerError,
+    PoolNotFoundError,
+    SlotNotFoundError,
+    StoreError,
+)
+from repopool_async.git_operations import GitOperations
+from repopool_async.hosts.local import LocalHost
+from repopool_async.janitor import Janitor
+from repopool_async.lease import LeasedSlot
+from repopool_async.lock_manager import LockManager
+from repopool_async.mirror import Mirror
+from repopool_async.models import (
+    AllocationMetrics,
+    AllocationRecord,
+    CleanupResult,
+    Pool,
+    PoolSummary,
+    Slot,
+    SlotState,
+    SlotStatus,
+    parse_slot_id,
+)
+from repopool_async.repo_pool import RepoPool, Unset
+from repopool_async.slot_allocator import SlotAllocator
+from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
+from repopool_async.slot_keeper import Components
+from repopool_async.slot_store import SlotStore
+from repopool_async.workspaces.clone import CloneWorkspace
+
+_log: Final = logging.getLogger("repopool")
+
+_FILES_PER_SLOT: Final = 4
+_FILES_RESERVED: Final = 256
+
+
+class PoolManager:
+    """Pools of clean, isolated git checkouts.
+
+    Args:
+        config: where things lie and what the pools are; the defaults where missing. No I/O happens here.
+        configure: called with each `Slot` after it was made. check: before it is handed out. reset: after it was
+            cleaned, before it is sealed. Sync or async; raising rejects the slot.
+        git_config: git configuration for the pool's own git, such as a proxy or a CA; nothing else of the user's
+            configuration is read.
+
+    Use it as `async with PoolManager(...) as manager`, or call `open` and `close`. It cannot be reopened.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig | None = None,
+        *,
+        configure: SlotCallback | None = None,
+        check: SlotCallback | None = None,
+        reset: SlotCallback | None = None,
+        git_config: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config: Final = config if config is not None else PoolConfig()
+        self._callbacks = Callbacks(configure=configure, check=check, reset=reset)
+        self._git_config = dict(git_config or {})
+        self._bus = EventBus()
+        directory = str(self.config.workspaces_dir)
+        self._host = LocalHost(max_processes=self.config.max_git_processes)
+        self._store = SlotStore(directory, on_event=self._bus.emit)
+        self._locks = LockManager(self._store.locks_directory)
+        self._coordinator = FileCoordinator(self._store, self._locks, on_event=self._bus.emit)
+        self._allocator = SlotAllocator(self._store)
+        self._pools: dict[str, RepoPool] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._tasks = TaskSet("manager", on_error=lambda _name, _error: None)
+        self._janitor = Janitor(
+            lambda: list(self._pools.values()),
+            host=self._host,
+            store=self._store,
+            interval_seconds=self.config.janitor_interval,
+        )
+        self._state = "new"
+
+    @classmethod
+    def from_config_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Return a manager for a `pools.yaml`; options are the constructor's.
+
+        Raises:
+            ConfigError: the file is refused; the message names key and line.
+        """
+        return cls(PoolConfig.from_file(path), **options)
+
+    def __repr__(self) -> str:
+        return f"<PoolManager {str(self.config.workspaces_dir)!r} [{self._state} | pools: {sorted(self._pools)}]>"
+
+    # -- opening and closing -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the manager is not open (any more)."""
+        return self._state != "open"
+
+    async def open(self) -> None:
+        """Check the machine, take over what dead processes left, and bring up the configured pools in the background.
+
+        Raises:
+            PlatformNotSupportedError: this machine cannot run the pool, and why. StoreError: the directory cannot be
+            used. ManagerClosedError: it was opened before.
+        """
+        if self._state != "new":
+            raise ManagerClosedError("this PoolManager was opened before; make a new one")
+        self._state = "opening"
+        self._bus.open()
+        try:
+            await self._check_platform()
+            await self._adopt_stored_pools()
+        except BaseException:
+            self._state = "closed"
+            raise
+        self._state = "open"
+        for name in self.config.pools:
+            self._starting[name] = self._tasks.spawn(self._bring_up(name), name=f"start-{name}")
+        self._janitor.start()
+
+    async def close(self, timeout: float | Unset | None = Unset.TIMEOUT) -> None:
+        """End everything; a second call does nothing.
+
+        Args:
+            timeout: seconds of grace for holders and cleanings; the configured `close_timeout` where missing, None for
+                no limit.
+
+        Waiters fail at once with `ManagerClosedError`. What is not finished in time is left to recovery by whoever
+        opens the directory next. Afterwards no task, process or lock of this manager is left. Cancelling it cuts the
+        grace short.
+        """
+        if self._state != "open":
+            if self._state == "new":
+                self._state = "closed"
+            return
+        self._state = "closing"
+        grace = self.config.close_timeout if timeout is Unset.TIMEOUT else timeout
+        pools = list(self._pools.values())
+        for pool in pools:
+            pool.refuse()
+        try:
+            await self._end_pools(pools, Deadline.after(grace))
+        except BaseException:
+            await shielded(self._end_pools(pools, Deadline.after(0)), name="close-now")
+            raise
+        finally:
+            self._state = "closed"
+            self._bus.close()
+
+    async def _end_pools(self, pools: list[RepoPool], deadline: Deadline) -> None:
+        await self._tasks.cancel()
+        await self._janitor.stop()
+
+        async def end(pool: RepoPool) -> None:
+            await pool.close(deadline)
+
+        await together(*[lambda pool=pool: end(pool) for pool in pools])
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _check_platform(self) -> None:
+        if os.name != "posix":
+            raise PlatformNotSupportedError("repopool needs POSIX (Linux, macOS); this platform is not supported")
+        directory = str(self.config.workspaces_dir)
+        await check_git_version(self._host)
+        await self._make_directory(directory)
+        if not self.config.allow_network_filesystem and await self._host.is_network_file_system(directory):
+            raise PlatformNotSupportedError(
+                f"{directory} lies on a network file system, where locks of crashed machines cannot be trusted; choose "
+                f"a local directory, or set allow_network_filesystem if only one machine ever uses it"
+            )
+        _raise_open_file_limit()
+
+    async def _make_directory(self, directory: str) -> None:
+        try:
+            await in_thread(_usable_directory, directory, str(self._store.locks_directory))
+        except OSError as error:
+            raise StoreError(
+                f"workspaces_dir {directory} cannot be used ({error.strerror}); choose a writable directory, for "
+                f"example with REPOPOOL_WORKSPACES_DIR"
+            ) from error
+
+    async def _adopt_stored_pools(self) -> None:
+        for name in await self._store.list_pools():
+            if name in self.config.pools:
+                continue
+            try:
+                await self._adopt(name)
+            except PoolManagerError as error:
+                # One damaged pool must not keep the others from opening.
+                self._bus.emit("pool.failed", {"repo_name": name, "error": str(error)})
+
+    async def _adopt(self, name: str) -> RepoPool:
+        stored = await self._store.load_pool(name)
+        options = PoolOptions.from_mapping(stored.options)
+        return self._register(stored, options, None)
+
+    async def _bring_up(self, name: str) -> None:
+        spec = self.config.pools[name]
+        try:
+            await self._create(name, spec.repo_url, spec.options)
+        except (PoolManagerError, OSError) as error:
+            self._bus.emit("pool.failed", {"repo_name": name, "error": str(error)})
+            raise
+
+    async def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the pools of the configuration file are up.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            TimeoutError: they are not up in time. The first pool's error: it could not be brought up.
+        """
+        async with asyncio.timeout(timeout):
+            for task in list(self._starting.values()):
+                await asyncio.wait([task])
+                task.result()
+
+    # -- pools ---------------------------------------------------------------------------------------------------
+
+    async def create_pool(
+        self, repo_name: str, repo_url: str, *, num_slots: int | None = None, **options: Any
+    ) -> RepoPool:
+        """Make a pool and all its slots (1.1, 1.2), or open the one that is there.
+
+        Several processes may do this at once with one directory: one makes it, all get it. A pool that exists for the
+        same URL gets the options given and the slots that are missing.
+
+        Args:
+            repo_name: letters, digits, `._-`. repo_url: https, ssh, file or a local path; credentials in it are used
+                but never stored.
+            num_slots: how many slots; the configured default where missing.
+            options: any per-pool option of `pools.yaml`.
+
+        Raises:
+            ConfigError: an option is refused. RepositoryUrlError: that is no URL.
+            PoolExistsError: the name is taken by another repository. EmptyRepositoryError: it has no commits.
+            GitOperationError: the repository could not be cloned. StoreError: the directory cannot be written.
+
+        On an error or a cancellation nothing of a new pool is left.
+        """
+        self._require_open()
+        given = options if num_slots is None else {**options, "num_slots": num_slots}
+        return await self._create(repo_name, repo_url, self.config.options_for(None, **given))
+
+    async def _create(self, repo_name: str, repo_url: str, options: PoolOptions) -> RepoPool:
+        name = validate_repo_name(repo_name)
+        url, credentials = split_credentials(validate_url(repo_url, self.config.allow_protocols))
+        async with self._locks.acquire_slot_lock(f"pool-{name}", timeout=None):
+            stored = await self._stored(name)
+            if stored is not None and stored.repo_url != url:
+                raise PoolExistsError(
+                    f"{name}: is already the pool of {stored.repo_url}; choose another name, or delete_pool first",
+                    repo_name=name,
+                )
+            pool = self._pools.get(name)
+            record = stored or Pool(repo_name=name, repo_url=url, num_slots=options.num_slots, created_at=now())
+            record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed())
+            if pool is None:
+                pool = self._register(record, options, credentials)
+            else:
+                pool.reconfigure(record, options)
+            await self._fill(pool, record, is_new=stored is None)
+        self._bus.emit("pool.ready", {"repo_name": name})
+        return pool
+
+    async def _fill(self, pool: RepoPool, record: Pool, *, is_new: bool) -> None:
+        try:
+            await pool.keeper.make_mirror()
+            await self._store.save_pool(record)
+            await pool.keeper.fill(record.num_slots)
+        except BaseException:
+            if is_new:
+                await shielded(self._unmake(pool), name=f"unmake-{pool.name}")
+            raise
+
+    async def _unmake(self, pool: RepoPool) -> None:
+        self._pools.pop(pool.name, None)
+        await pool.close(Deadline.after(0))
+        await self._store.delete_pool(pool.name)
+
+    async def _stored(self, name: str) -> Pool | None:
+        try:
+            return await self._store.load_pool(name)
+        except PoolNotFoundError:
+            return None
+
+    def _register(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
+        """Assemble a pool's components."""
+        name = record.repo_name
+        runner = GitRunner(
+            self._host,
+            environment=base_environment(
+                allow_protocols=self.config.allow_protocols, credentials=credentials, git_config=self._git_config
+            ),
+            timeout=options.git_timeout,
+            idle_timeout=options.git_idle_timeout,
+            attempts=options.fetch_attempts,
+        )
+        mirror = Mirror(
+            str(self._store.mirror_path(name)),
+            record.repo_url,
+            host=self._host,
+            git=runner,
+            locks=self._locks,
+            repo_name=name,
+            remotes=options.remotes,
+        )
+        lessee_git = GitOperations(self._host)
+        cleaner = SlotCleaner(
+            GitOperations(self._host, runner=runner),
+            workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror),
+            store=self._store,
+            callbacks=self._callbacks,
+            on_event=self._bus.emit,
+        )
+        parts = Components(
+            host=self._host,
+            store=self._store,
+            coordinator=self._coordinator,
+            allocator=self._allocator,
+            mirror=mirror,
+            cleaner=cleaner,
+            lessee_git=lessee_git,
+            emit=self._bus.emit,
+            cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
+        )
+        pool = self._pools[name] = RepoPool(record, options, parts)
+        return pool
+
+    async def get_pool(self, name: str) -> RepoPool:
+        """Return a pool by name; one of the configuration file that is still coming up is waited for.
+
+        Raises:
+            PoolNotFoundError: there is none. The pool's error: it could not be brought up.
+        """
+        self._require_open()
+        starting = self._starting.get(name)
+        if starting is not None:
+            await asyncio.wait([starting])
+            if not starting.cancelled() and starting.exception() is not None and name not in self._pools:
+                self._starting[name] = self._tasks.spawn(self._bring_up(name), name=f"start-{name}")
+                starting.result()
+        if name not in self._pools and await self._stored(name) is not None:
+            await self._adopt(name)  # another process made it
+        if name not in self._pools:
+            known = ", ".join(await self.list_pools()) or "there are none"
+            raise PoolNotFoundError(
+                f"there is no pool {name!r} (pools: {known}); create_pool makes one", repo_name=name
+            )
+        return self._pools[name]
+
+    async def list_pools(self) -> list[str]:
+        """Return the names of all pools of the directory, sorted."""
+        self._require_open()
+        return sorted({*self._pools, *await self._store.list_pools()})
+
+    async def delete_pool(self, name: str, force: bool = False) -> None:
+        """Delete a pool: slots, mirror, history.
+
+        Args:
+            force: also where slots are leased; their leases are lost.
+
+        Raises:
+            PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted.
+        """
+        pool = await self.get_pool(name)
+        async with self._locks.acquire_slot_lock(f"pool-{name}", timeout=None):
+            await shielded(pool.delete(force=force), name=f"delete-{name}")
+            self._pools.pop(name, None)
+            self._starting.pop(name, None)
+        self._bus.emit("pool.deleted", {"repo_name": name})
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(
+        self,
+        repo_name: str,
+        *,
+        ref: str | None = None,
+        timeout: float | Unset | None = Unset.TIMEOUT,
+        new_branch: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[LeasedSlot]:
+        """Hold a clean slot of a pool while the block runs; see `RepoPool.lease`."""
+        pool = await self.get_pool(repo_name)
+        async with pool.lease(
+            ref=ref, timeout=timeout, new_branch=new_branch, metadata=metadata, priority=priority
+        ) as slot:
+            yield slot
+
+    async def allocate_slot(
+        self,
+        repo_name: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        ref: str | None = None,
+        timeout: float | None = 0,
+    ) -> LeasedSlot | None:
+        """Take a slot (2.1 to 2.3) and keep it until `release_slot`.
+
+        Args:
+            metadata: anything JSON can hold. ref: as in `lease`.
+            timeout: seconds to wait for a slot, None for no limit.
+
+        Returns:
+            None where none became free in time (4.2); one that is being cleaned right now is waited for.
+
+        Raises as `RepoPool.lease` does.
+        """
+        pool = await self.get_pool(repo_name)
+        return await pool.allocate(ref=ref, timeout=timeout, metadata=metadata)
+
+    async def release_slot(self, slot: LeasedSlot | str, *, token: int | None = None) -> None:
+        """Give a slot back and clean it (2.4); a second call does nothing.
+
+        Args:
+            slot: what `allocate_slot` returned, or a slot id. token: of the lease, where only the id is known.
+
+        Raises:
+            LeaseLostError: the token is not the present lease's. SlotNotFoundError: there is no such slot.
+            SlotInUseError: the lease belongs to another process that is alive.
+
+        Afterwards the slot is AVAILABLE, or quarantined with a reason.
+        """
+        if isinstance(slot, str):
+            await (await self._pool_of(slot)).release(slot, token=token)
+        elif not slot.is_released:
+            expected = token if token is not None else slot.token
+            await (await self._pool_of(slot.slot_id)).release(slot.slot_id, token=expected)
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    async def add_slot(self, repo_name: str) -> Slot:
+        """Add a slot to a live pool (7.1, 7.2); raises as `create_pool` does."""
+        pool = await self.get_pool(repo_name)
+        slot = await pool.keeper.add_slot()
+        await self._remember_size(pool)
+        return slot
+
+    async def remove_slot(self, slot_id: str) -> None:
+        """Delete a slot, directory and all (7.3 to 7.5).
+
+        Raises:
+            SlotInUseError: it is leased. SlotNotFoundError: there is none.
+        """
+        pool = await self._pool_of(slot_id)
+        await pool.keeper.remove_slot(slot_id)
+        await self._remember_size(pool)
+
+    async def resize(self, repo_name: str, num_slots: int) -> None:
+        """Grow or shrink a pool to a number of slots.
+
+        Raises:
+            ConfigError: the number is refused. SlotInUseError: too many slots are leased to shrink that far; those that
+            were free have been removed.
+        """
+        pool = await self.get_pool(repo_name)
+        checked = self.config.options_for(None, num_slots=num_slots)
+        try:
+            await pool.keeper.resize(checked.num_slots)
+        finally:
+            await self._remember_size(pool)
+
+    async def _remember_size(self, pool: RepoPool) -> None:
+        """Store how many slots there are meant to be from now on."""
+        stored = await self._store.load_pool(pool.name)
+        count = len(await self._coordinator.list_slots(pool.name))
+        options = attrs.evolve(pool.options, num_slots=max(count, 1))
+        record = attrs.evolve(stored, num_slots=count, options=options.changed())
+        await self._store.save_pool(record)
+        pool.reconfigure(record, options)
+
+    async def repair_slot(self, slot_id: str) -> CleanupResult:
+        """Make a quarantined or damaged slot anew (9.5); see `RepoPool.repair_slot`."""
+        return await (await self._pool_of(slot_id)).keeper.repair_slot(slot_id)
+
+    async def check(self, repo_name: str | None = None) -> dict[str, list[str]]:
+        """Look at every inode of every AVAILABLE slot and repair those in which something is wrong.
+
+        Returns:
+            Slot ids and what was wrong, for the slots that had something wrong.
+        """
+        found: dict[str, list[str]] = {}
+        for pool in await self._named(repo_name):
+            found |= await pool.keeper.check()
+        return found
+
+    async def drain(self, repo_name: str | None = None) -> None:
+        """Make the trees of all unleased slots anew."""
+        for pool in await self._named(repo_name):
+            await pool.keeper.drain()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    async def get_slot_status(self, slot_id: str) -> SlotStatus:
+        """Return what can be said of a slot at this moment (4.5, 5.2).
+
+        Raises:
+            SlotNotFoundError: there is none.
+        """
+        pool = await self._pool_of(slot_id)
+        slot = await self._coordinator.get_slot(slot_id)
+        lease = slot.lease if slot.state is SlotState.ALLOCATED else None
+        return SlotStatus(
+            slot_id=slot_id,
+            repo_name=pool.name,
+            state=slot.state,
+            path=slot.path,
+            is_locked=await self._locks.is_locked(slot_id),
+            commit=lease.commit if lease else slot.seal.commit if slot.seal else None,
+            branch=lease.branch if lease else slot.seal.branch if slot.seal else None,
+            lease=lease,
+            held_seconds=boottime() - lease.acquired_boottime if lease else None,
+            allocation_count=slot.allocation_count,
+            total_allocated_seconds=slot.total_allocated_seconds,
+            created_at=slot.created_at,
+            last_used_at=slot.last_used_at,
+            error=slot.error,
+        )
+
+    async def get_pool_summary(self) -> dict[str, PoolSummary]:
+        """Return every pool at a glance (5.5)."""
+        return {name: await (await self.get_pool(name)).summary() for name in await self.list_pools()}
+
+    async def available_count(self, repo_name: str) -> int:
+        """Return how many slots of a pool are AVAILABLE (5.4)."""
+        return (await (await self.get_pool(repo_name)).summary()).available
+
+    async def get_allocation_history(self, slot_id: str, *, limit: int | None = None) -> list[AllocationRecord]:
+        """Return who had a slot (2.5), newest last."""
+        await self._pool_of(slot_id)
+        return await self._store.history(slot_id, limit=limit)
+
+    async def get_cleanup_log(self, slot_id: str, *, limit: int | None = None) -> list[CleanupResult]:
+        """Return what was done to a slot (3.5), newest last."""
+        await self._pool_of(slot_id)
+        return await self._store.cleanup_log(slot_id, limit=limit)
+
+    def get_allocation_metrics(self, repo_name: str) -> AllocationMetrics:
+        """Return how allocating went in this process (10.5)."""
+        return self._allocator.get_allocation_metrics(repo_name)
+
+    def get_stats(self) -> dict[str, dict[str, int]]:
+        """Return counts of this process by pool, without any I/O."""
+        return {name: pool.stats() for name, pool in self._pools.items()}
+
+    def events(self) -> AsyncIterator[Event]:
+        """Iterate over what happens from now on, until the manager is closed."""
+        return self._bus.listen()
+
+    async def recover(self) -> list[str]:
+        """Take over what dead processes left, wait until it is clean, and return the ids of the slots concerned."""
+        self._require_open()
+        recovered = await self._janitor.sweep()
+        await self.wait_clean()
+        return recovered
+
+    async def wait_clean(self) -> None:
+        """Wait until this process cleans no slot."""
+        for pool in list(self._pools.values()):
+            await pool.keeper.wait_clean()
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._state not in ("open", "opening"):
+            raise ManagerClosedError(f"the PoolManager is {self._state}; use it inside `async with PoolManager(...)`")
+
+    async def _named(self, name: str | None) -> list[RepoPool]:
+        names = [name] if name is not None else await self.list_pools()
+        return [await self.get_pool(name) for name in names]
+
+    async def _pool_of(self, slot_id: str) -> RepoPool:
+        self._require_open()
+        try:
+            name, _ = parse_slot_id(slot_id)
+            return await self.get_pool(name)
+        except (ValueError, PoolNotFoundError) as error:
+            raise SlotNotFoundError(f"there is no slot {slot_id!r}: {error}", slot_id=slot_id) from None
+
+
+def _usable_directory(directory: str, locks: str) -> None:
+    os.makedirs(locks, exist_ok=True)  # noqa: PTH103 - plain strings throughout
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(13, "Permission denied", directory)
+
+
+def _raise_open_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one: every leased slot holds a lock's descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,538 @@
+"""One repository's life: its queue and its leases.
+
+Follow one lease from `RepoPool.lease`: resolve the ref, wait for the turn, claim a slot, prepare it, hand it out; then
+end the lease and hand the slot to the keeper, which cleans it. What a slot is made of, how it is cleaned and where its
+state lives are the business of the floors below; names of pools, configuration and closing that of the manager above.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from enum import Enum
+from typing import Any, Final, NoReturn
+
+import attrs
+
+from repopool_async._aio import Deadline, shielded
+from repopool_async._clock import boottime
+from repopool_async._git_arguments import validate_branch_name
+from repopool_async._identity import new_lease_id
+from repopool_async.config import PoolOptions
+from repopool_async.coordination.base import Grant
+from repopool_async.exceptions import (
+    CleanupError,
+    LeaseLostError,
+    ManagerClosedError,
+    PoolInUseError,
+    PoolManagerError,
+    PoolTimeoutError,
+    SlotAllocationError,
+    SlotInUseError,
+    TooManyRequestsError,
+)
+from repopool_async.lease import LeasedSlot
+from repopool_async.models import Lease, Pool, PoolSummary, ResolvedRef, Slot, SlotState
+from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder
+from repopool_async.wait_queue import WaitQueue
+from repopool_async.workspaces.base import Checkout
+
+_log: Final = logging.getLogger("repopool")
+
+_POLL_SECONDS: Final = (0.002, 0.1)
+_STALE_WAIT_SECONDS: Final = 1.0
+"""After waiting longer than this for a slot, the remote is asked again, so that a lessee gets what is new by then."""
+_RECOVERY_SECONDS: Final = 1.0
+"""How often the head of the queue looks for slots of dead owners while it waits."""
+
+
+class Unset(Enum):
+    """Tells a time-out that was not given from None, which means no limit."""
+
+    TIMEOUT = "the configured acquire_timeout"
+
+
+@attrs.define(eq=False)
+class _Open:
+    """A lease of this process that has not ended."""
+
+    grant: Grant
+    leased: LeasedSlot
+    started: float
+
+
+class RepoPool:
+    """The slots of one repository. Made by `PoolManager`; see `PoolManager` for the verbs that name a pool."""
+
+    def __init__(self, pool: Pool, options: PoolOptions, parts: Components) -> None:
+        self.record = pool
+        self.options = options
+        self._parts = parts
+        self._queue = WaitQueue()
+        self._changed = asyncio.Event()
+        self._open: dict[str, _Open] = {}
+        self.keeper: Final = SlotKeeper(pool.repo_name, pool.repo_url, options, parts, on_change=self._changed.set)
+        self._is_closing = False
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self.record.repo_name
+
+    def __repr__(self) -> str:
+        return (
+            f"<RepoPool {self.name!r} [slots: {self.record.num_slots} | leased: {len(self._open)} here, "
+            f"cleaning: {len(self.keeper.returning)} | waiting: {len(self._queue)}]>"
+        )
+
+    # -- leasing -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(
+        self,
+        *,
+        ref: str | None = None,
+        timeout: float | Unset | None = Unset.TIMEOUT,
+        new_branch: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[LeasedSlot]:
+        """Hold a clean slot at a ref while the block runs.
+
+        Args:
+            ref: a branch, tag, commit id or full name; the pool's `default_ref`, else the remote's, where missing.
+            timeout: seconds for queueing, fetch and check-out together; the configured `acquire_timeout` where missing,
+                None for no limit, 0 for one try.
+            new_branch: make this local branch at the commit and check it out.
+            metadata: anything JSON can hold; it shows in status and history.
+            priority: the higher goes first.
+
+        Raises:
+            PoolTimeoutError: the time was not enough. TooManyRequestsError: `max_waiting` others wait already.
+            UnknownRefError, RefError: there is no such ref. GitOperationError: the remote could not be asked.
+            SlotAllocationError: every slot is quarantined. LeaseLostError: on leaving, where it had been taken away.
+
+        Leaving the block ends the lease at once; the slot is cleaned in the background unless the pool says
+        `cleanup: inline`. An error in the block never prevents that and is never hidden by it. Cancelled anywhere, the
+        slot goes back.
+        """
+        seconds = self.options.acquire_timeout if timeout is Unset.TIMEOUT else timeout
+        opened = await self._acquire(
+            ref=ref, timeout=seconds, new_branch=new_branch, metadata=metadata or {}, priority=priority
+        )
+        try:
+            yield opened.leased
+        except BaseException as error:
+            await self._give_back_after(opened, error)
+            raise
+        else:
+            await self.give_back(opened.leased, inline=self.options.cleanup == "inline")
+
+    async def allocate(
+        self,
+        *,
+        ref: str | None = None,
+        timeout: float | None = 0,
+        metadata: Mapping[str, Any] | None = None,
+        ttl: float | None = None,
+    ) -> LeasedSlot | None:
+        """Take a slot and keep it until `give_back`; None where none became free in time.
+
+        A slot that is being cleaned right now is waited for, whatever the timeout. Raises as `lease` does, but for the
+        time-out.
+        """
+        try:
+            opened = await self._acquire(
+                ref=ref,
+                timeout=timeout,
+                new_branch=None,
+                metadata=metadata or {},
+                priority=0,
+                waits_for_cleaning=True,
+                ttl=ttl,
+            )
+        except PoolTimeoutError as error:
+            if error.phase == "queue":
+                return None
+            raise
+        return opened.leased
+
+    async def give_back(self, leased: LeasedSlot, *, inline: bool = True) -> None:
+        """End a lease of this process; a second call does nothing.
+
+        Args:
+            inline: return only once the slot is clean and AVAILABLE (or quarantined).
+
+        Raises:
+            LeaseLostError: it had been taken away; nothing of the slot was touched.
+        """
+        await shielded(self._give_back(leased, inline=inline), name=f"return-{leased.slot_id}")
+
+    async def _give_back(self, leased: LeasedSlot, *, inline: bool) -> None:
+        opened = self._open.pop(leased.lease_id, None)
+        if opened is not None:
+            leased._end()  # noqa: SLF001 - the pool is the one caller
+            slot = await self._parts.coordinator.begin_return(opened.grant)
+            self._parts.allocator.record_release(self.name, boottime() - opened.started)
+            self._parts.emit("slot.released", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
+            self.keeper.clean_later(opened.grant, slot)
+            self._changed.set()
+        task = self.keeper.returning.get(leased.slot_id)
+        if inline and task is not None:
+            await asyncio.wait([task])
+
+    async def release(self, slot_id: str, *, token: int | None) -> None:
+        """End the lease of a slot by id and clean it; where it is not leased (any more), do nothing.
+
+        Raises:
+            LeaseLostError: the token is not the present lease's.
+            SlotInUseError: the lease is another living process's, which alone may end it.
+        """
+        for opened in self._open.values():
+            if opened.leased.slot_id == slot_id and token in (None, opened.leased.token):
+                await self.give_back(opened.leased)
+                return
+        slot = await self._parts.coordinator.get_slot(slot_id)
+        if token is not None and token != slot.token:
+            raise LeaseLostError(
+                f"{slot_id}: token {token} is not the present lease's; the lease has ended or was taken away",
+                slot_id=slot_id,
+                repo_name=self.name,
+            )
+        if slot.state is SlotState.ALLOCATED:
+            raise SlotInUseError(
+                f"{slot_id}: only the process that took the lease may end it; {describe_holder(slot)}",
+                slot_id=slot_id,
+                repo_name=self.name,
+            )
+
+    async def notice_lost_leases(self) -> None:
+        """Set `lost` of every lease of this process that was taken away."""
+        for opened in list(self._open.values()):
+            if not opened.leased.lost.is_set() and not await self._parts.coordinator.is_held(opened.grant):
+                opened.leased.lost.set()
+                self._parts.emit("lease.lost", {"slot_id": opened.leased.slot_id, "lease_id": opened.leased.lease_id})
+
+    async def _give_back_after(self, opened: _Open, error: BaseException) -> None:
+        try:
+            await self.give_back(opened.leased, inline=self.options.cleanup == "inline")
+        except PoolManagerError as failure:
+            error.add_note(f"while giving back {opened.leased.slot_id}: {failure}")
+
+    # -- taking --------------------------------------------------------------------------------------------------
+
+    async def _acquire(
+        self,
+        *,
+        ref: str | None,
+        timeout: float | None,
+        new_branch: str | None,
+        metadata: Mapping[str, Any],
+        priority: int,
+        waits_for_cleaning: bool = False,
+        ttl: float | None = None,
+    ) -> _Open:
+        if new_branch is not None:
+            validate_branch_name(new_branch)
+        self._refuse_if_closing()
+        wanted = ref if ref is not None else self.options.default_ref
+        attempt = _Attempt(wanted, new_branch, metadata, priority, timeout, waits_for_cleaning, ttl)
+        self._parts.allocator.record_request(self.name)
+        try:
+            async with attempt.deadline.limit():
+                return await self._try(attempt)
+        except PoolTimeoutError:
+            self._parts.allocator.record_timeout(self.name)
+            raise
+        except TimeoutError:
+            self._parts.allocator.record_timeout(self.name)
+            raise await self._timed_out(attempt) from None
+
+    async def _try(self, attempt: "_Attempt") -> _Open:
+        resolved = await self._resolve(attempt.ref)
+        while True:
+            attempt.phase = "queue"
+            grant = await self._claim_in_turn(attempt, resolved)
+            try:
+                attempt.phase = "fetch"
+                if boottime() - attempt.started > _STALE_WAIT_SECONDS:
+                    resolved = await self._resolve(attempt.ref)
+                attempt.phase = "checkout"
+                opened = await self._hand_out(attempt, grant, resolved)
+            except BaseException as error:
+                await shielded(self._take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
+                if not isinstance(error, CleanupError):
+                    raise
+                attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
+            else:
+                return opened
+
+    async def _resolve(self, ref: str | None) -> ResolvedRef:
+        mirror = self._parts.mirror
+        fetched = False
+        if self.options.fetch_on_allocate:
+            fetched = await mirror.refresh(max_age=self.options.fetch_max_age)
+        try:
+            return await mirror.resolve(ref)
+        except LookupError:
+            if fetched or not self.options.fetch_on_allocate:
+                raise
+            await mirror.fetch()  # what we served from may be older than the ref
+            return await mirror.resolve(ref)
+
+    async def _claim_in_turn(self, attempt: "_Attempt", resolved: ResolvedRef) -> Grant:
+        self._refuse_if_too_many()
+        async with self._queue.turn(attempt.priority):
+            grant = await self._claim(attempt, resolved)
+            if grant is not None:
+                return grant
+            if self.options.max_waiting == 0:
+                self._too_many()
+            return await self._claim_when_free(attempt, resolved)
+
+    async def _claim_when_free(self, attempt: "_Attempt", resolved: ResolvedRef) -> Grant:
+        """Poll for other processes' releases (our own wake us), in order of the processes' tickets."""
+        delay = _POLL_SECONDS[0]
+        async with self._parts.coordinator.ticket(self.name) as ticket:
+            while True:
+                self._refuse_if_closing()
+                self._changed.clear()
+                if await ticket.is_first():
+                    grant = await self._claim(attempt, resolved, has_ticket=True)
+                    if grant is not None:
+                        return grant
+                await self._look_around(attempt)
+                await self._wait_for_change(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                delay = min(delay * 2, _POLL_SECONDS[1])
+
+    async def _claim(self, attempt: "_Attempt", resolved: ResolvedRef, *, has_ticket: bool = False) -> Grant | None:
+        return await self._parts.coordinator.claim(
+            self.name,
+            commit=resolved.commit,
+            branch=resolved.branch,
+            ref=resolved.asked,
+            lease_id=new_lease_id(),
+            metadata=attempt.metadata,
+            detached_ttl=attempt.ttl,
+            wait_seconds=boottime() - attempt.started,
+            stand_back=not has_ticket,
+        )
+
+    async def _look_around(self, attempt: "_Attempt") -> None:
+        """While nothing is free: recover what dead owners left, and give up where waiting cannot help."""
+        if boottime() - self.keeper.last_recovery > _RECOVERY_SECONDS:
+            await self.keeper.recover()
+        slots = await self._parts.coordinator.list_slots(self.name)
+        if all(slot.state is SlotState.ERROR for slot in slots):
+            reasons = "; ".join(f"{slot.slot_id}: {slot.error}" for slot in slots) or "it has none"
+            raise SlotAllocationError(
+                f"{self.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
+                repo_name=self.name,
+            )
+        is_cleaning = any(slot.state is SlotState.CLEANING for slot in slots)
+        if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self.keeper.returning)):
+            raise await self._timed_out(attempt, slots)
+
+    async def _wait_for_change(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _hand_out(self, attempt: "_Attempt", grant: Grant, resolved: ResolvedRef) -> _Open:
+        checkout = Checkout(
+            commit=resolved.commit,
+            branch=attempt.new_branch or resolved.branch,
+            is_tracking=attempt.new_branch is None,
+        )
+        result = await self._parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+        lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
+        if (lease, result.seal) != (grant.lease, grant.slot.seal):
+            slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
+            grant.slot = await self._parts.coordinator.update(grant, slot)
+            grant.lease = lease
+        waited = boottime() - attempt.started
+        self._parts.allocator.record_allocation(self.name, waited, warm="warm" in result.steps)
+        self._parts.emit(
+            "slot.allocated", {"slot_id": grant.slot.slot_id, "lease_id": lease.lease_id, "wait_seconds": waited}
+        )
+        return self._opened(grant)
+
+    def _opened(self, grant: Grant) -> _Open:
+        async def renew(ttl: float | None) -> Lease:
+            return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
+
+        leased = LeasedSlot(grant.slot, grant.lease, host=self._parts.host, git=self._parts.lessee_git, renew=renew)
+        opened = _Open(grant, leased, boottime())
+        self._open[grant.lease.lease_id] = opened
+        return opened
+
+    async def _take_back(self, grant: Grant, error: BaseException) -> None:
+        """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it."""
+        if isinstance(error, LeaseLostError):
+            return
+        if isinstance(error, CleanupError):
+            await self.keeper.quarantine(grant, grant.slot, error)
+            return
+        slot = await self._parts.coordinator.begin_return(grant)
+        self.keeper.clean_later(grant, slot)
+
+    async def _timed_out(self, attempt: "_Attempt", slots: list[Slot] | None = None) -> PoolTimeoutError:
+        slots = slots if slots is not None else await self._parts.coordinator.list_slots(self.name)
+        holders = tuple(describe_holder(slot) for slot in slots)
+        waited = "at once" if attempt.timeout == 0 else f"within {attempt.timeout:g} s"
+        what = {
+            "queue": "no slot became free; raise the timeout or num_slots, or return slots sooner",
+            "fetch": "the remote had not answered; raise the timeout or check the network",
+            "checkout": "the check-out was not finished; raise the timeout",
+        }[attempt.phase]
+        listing = "".join(f"\n  {line}" for line in holders)
+        return PoolTimeoutError(
+            f"{self.name}: no lease {waited}: {what}{listing}",
+            repo_name=self.name,
+            timeout_seconds=attempt.timeout,
+            phase=attempt.phase,
+            holders=holders,
+        )
+
+    def _refuse_if_closing(self) -> None:
+        if self._is_closing:
+            raise _closed(self.name)
+
+    def _refuse_if_too_many(self) -> None:
+        bound = self.options.max_waiting
+        if bound is None:
+            return
+        in_use = len(self._open) + len(self.keeper.returning)
+        if len(self._queue) >= bound + max(0, self.record.num_slots - in_use):
+            self._too_many()
+
+    def _too_many(self) -> NoReturn:
+        self._parts.allocator.record_rejection(self.name)
+        raise TooManyRequestsError(
+            f"{self.name}: {len(self._queue)} requests wait already (max_waiting: {self.options.max_waiting}); "
+            f"try later",
+            repo_name=self.name,
+        )
+
+    # -- telling and changing --------------------------------------------------------------------------------------
+
+    def reconfigure(self, record: Pool, options: PoolOptions) -> None:
+        """Take on other options; leases under way keep what they began with."""
+        self.record = record
+        self.options = options
+        self.keeper.options = options
+
+    async def summary(self) -> PoolSummary:
+        """Return the pool at a glance (5.5)."""
+        slots = await self._parts.coordinator.list_slots(self.name)
+        states = [slot.state for slot in slots]
+        return PoolSummary(
+            repo_name=self.name,
+            repo_url=self.record.repo_url,
+            total_slots=len(slots),
+            available=states.count(SlotState.AVAILABLE),
+            allocated=states.count(SlotState.ALLOCATED),
+            cleaning=states.count(SlotState.CLEANING),
+            error=states.count(SlotState.ERROR),
+            waiting=len(self._queue),
+            allocation_count=sum(slot.allocation_count for slot in slots),
+            total_allocated_seconds=sum(slot.total_allocated_seconds for slot in slots),
+            metrics=self._parts.allocator.get_allocation_metrics(self.name),
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Return counts of this process, without any I/O."""
+        return {
+            "leased": len(self._open),
+            "returning": len(self.keeper.returning),
+            "waiting": len(self._queue),
+            "fetches": self._parts.mirror.fetch_count,
+        }
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def refuse(self) -> None:
+        """Fail all waiters at once and let nobody queue any more."""
+        self._is_closing = True
+        self._queue.refuse(_closed(self.name))
+        self._changed.set()
+
+    async def close(self, deadline: Deadline) -> None:
+        """Give holders and cleanings until the deadline, then leave the rest to recovery.
+
+        Afterwards nothing of this pool runs and no lock is held; slots that were not finished are CLEANING or
+        ALLOCATED without a lock, which whoever opens the directory next recovers.
+        """
+        self.refuse()
+        try:
+            async with deadline.limit():
+                while self._open or self.keeper.returning:
+                    self._changed.clear()
+                    await self._changed.wait() if not self.keeper.returning else await self.keeper.wait_clean()
+        except TimeoutError:
+            _log.warning(
+                "%s: closed with %d leases open and %d cleanings unfinished; recovery will finish them",
+                self.name,
+                len(self._open),
+                len(self.keeper.returning),
+            )
+        await self.keeper.stop()
+        for opened in list(self._open.values()):
+            await self._cut_off(opened)
+        await self._parts.mirror.aclose()
+
+    async def _cut_off(self, opened: _Open) -> None:
+        self._open.pop(opened.grant.lease.lease_id, None)
+        opened.leased.lost.set()
+        opened.leased._end()  # noqa: SLF001 - the pool is the one caller
+        await shielded(self._parts.coordinator.abandon_hold(opened.grant), name=f"abandon-{opened.grant.slot.slot_id}")
+
+    async def delete(self, *, force: bool) -> None:
+        """Delete every slot and the mirror.
+
+        Raises:
+            PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted.
+        """
+        slots = await self._parts.coordinator.list_slots(self.name)
+        leased = [slot for slot in slots if slot.state is SlotState.ALLOCATED]
+        if leased and not force:
+            raise PoolInUseError(
+                f"{self.name}: is in use; {describe_holder(leased[0])}; return the slot, or delete with force=True",
+                repo_name=self.name,
+            )
+        self.refuse()
+        for slot in leased:
+            await self._parts.coordinator.force_unlock(slot.slot_id)
+        await self.close(Deadline.after(self.options.cleanup_timeout if not force else 0))
+        for slot in slots:
+            await self.keeper.remove_slot(slot.slot_id)
+        await self._parts.store.delete_pool(self.name)
+
+
+@attrs.define
+class _Attempt:
+    """One request for a lease, while it is being served."""
+
+    ref: str | None
+    new_branch: str | None
+    metadata: Mapping[str, Any]
+    priority: int
+    timeout: float | None
+    waits_for_cleaning: bool
+    ttl: float | None
+    phase: str = "fetch"
+    started: float = attrs.field(factory=boottime)
+    deadline: Deadline = attrs.field(init=False)
+
+    retry_priority: Final[int] = 1 << 30
+
+    def __attrs_post_init__(self) -> None:
+        # A timeout of 0 means one try: no waiting for a slot, but the try itself may take what it takes.
+        self.deadline = Deadline.after(self.timeout or None)
+
+
+def _closed(name: str) -> ManagerClosedError:
+    return ManagerClosedError(f"{name}: the pool is closed; open a new PoolManager", repo_name=name)

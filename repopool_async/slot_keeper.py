@@ -1,0 +1,313 @@
+"""Keeps a pool's slots: makes them, brings them back after a lease, mends and removes them.
+
+Every slot it works on is held (its lock is ours) from before the first step until its record says AVAILABLE, ERROR or
+nothing; interrupted anywhere it leaves a slot without a lock that is not AVAILABLE, which is what recovery looks for.
+Who waits for slots is not its business; it only says that something changed.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from repopool_async._aio import Deadline, TaskSet, shielded, together
+from repopool_async._clock import boottime, now
+from repopool_async.config import PoolOptions
+from repopool_async.coordination.base import Coordinator, Hold
+from repopool_async.exceptions import CleanupError, LeaseLostError, PoolManagerError, SlotInUseError
+from repopool_async.git_operations import GitOperations
+from repopool_async.hosts.base import Host
+from repopool_async.mirror import Mirror
+from repopool_async.models import CleanupResult, Slot, SlotState, make_slot_id
+from repopool_async.slot_allocator import SlotAllocator, available, broken
+from repopool_async.slot_cleaner import SlotCleaner
+from repopool_async.slot_store import SlotStore
+from repopool_async.workspaces.base import Checkout
+
+_log: Final = logging.getLogger("repopool")
+
+_RETRY_SECONDS: Final = 0.1
+
+_Work = Callable[[Checkout], Awaitable[CleanupResult]]
+
+
+@attrs.frozen
+class Components:
+    """What a pool works with; made by the manager, shared where it can be.
+
+    Attributes:
+        lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
+        cleaning: bounds how many slots are cleaned or made at once.
+    """
+
+    host: Host
+    store: SlotStore
+    coordinator: Coordinator
+    allocator: SlotAllocator
+    mirror: Mirror
+    cleaner: SlotCleaner
+    lessee_git: GitOperations
+    emit: Callable[[str, Mapping[str, Any]], None]
+    cleaning: asyncio.Semaphore
+
+
+class SlotKeeper:
+    """The upkeep of one pool's slots.
+
+    Args:
+        on_change: called whenever a slot may have become free.
+    """
+
+    def __init__(
+        self, repo_name: str, repo_url: str, options: PoolOptions, parts: Components, *, on_change: Callable[[], None]
+    ) -> None:
+        self.options = options
+        self.last_recovery = float("-inf")
+        self._name = repo_name
+        self._repo_url = repo_url
+        self._parts = parts
+        self._on_change = on_change
+        self._returning: dict[str, asyncio.Task[None]] = {}
+        self._holds: dict[str, Hold] = {}
+        self._tasks = TaskSet(f"pool-{repo_name}", on_error=self._task_failed)
+
+    @property
+    def returning(self) -> Mapping[str, "asyncio.Task[None]"]:
+        """The slots this process is cleaning, by id."""
+        return self._returning
+
+    async def wait_clean(self) -> None:
+        """Wait until no slot is being cleaned by this process."""
+        while self._returning:
+            await asyncio.wait(list(self._returning.values()))
+
+    async def stop(self) -> None:
+        """Interrupt every cleaning; what is unfinished is left, unlocked, to recovery."""
+        await self._tasks.cancel()
+        for slot_id, hold in list(self._holds.items()):  # of tasks cancelled before their first step
+            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+        self._holds.clear()
+        self._returning.clear()
+
+    # -- the way back to AVAILABLE -------------------------------------------------------------------------------
+
+    def clean_later(self, hold: Hold, slot: Slot) -> None:
+        """Clean a held slot in the background and make it AVAILABLE (or quarantine it)."""
+        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.cleanup_after_release(slot, checkout))
+
+    def _settle_later(self, hold: Hold, slot: Slot, work: _Work) -> None:
+        self._holds[slot.slot_id] = hold
+        task = self._tasks.spawn(self._settle(hold, slot, work), name=f"clean-{slot.slot_id}")
+        self._returning[slot.slot_id] = task
+
+    async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
+        """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
+        try:
+            async with self._parts.cleaning, asyncio.timeout(self.options.cleanup_timeout):
+                result: CleanupResult = await work(await self._standing(slot))
+            assert result.seal is not None
+            await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
+            self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
+        except (PoolManagerError, OSError, TimeoutError) as error:
+            await self.quarantine(hold, slot, error)
+        except BaseException:
+            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
+            raise
+        finally:
+            self._returning.pop(slot.slot_id, None)
+            self._holds.pop(slot.slot_id, None)
+            self._on_change()
+
+    async def _standing(self, slot: Slot) -> Checkout:
+        """Say what a slot shall show while nobody has it; its last branch's newest commit where warming is on."""
+        snapshot = await self._parts.mirror.snapshot()
+        branch = slot.last_branch
+        if branch is not None and branch not in snapshot.branches:
+            branch = None
+        if branch is not None and (self.options.warmup_enabled or slot.lease is None):
+            return Checkout(commit=snapshot.branches[branch], branch=branch)
+        commit = (slot.lease.commit if slot.lease else None) or (slot.seal.commit if slot.seal else None)
+        if commit is not None:
+            return Checkout(commit=commit, branch=branch)
+        resolved = await self._parts.mirror.resolve(self.options.default_ref)
+        return Checkout(commit=resolved.commit, branch=resolved.branch)
+
+    async def quarantine(self, hold: Hold, slot: Slot, error: BaseException) -> None:
+        """Isolate a held slot with the reason (9.5) and let go of it."""
+        reason = str(error) or f"not finished within {self.options.cleanup_timeout:g} s (cleanup_timeout)"
+        self._parts.emit("slot.quarantined", {"slot_id": slot.slot_id, "reason": reason})
+        try:
+            await self._parts.coordinator.finish(hold, broken(slot, reason))
+        except LeaseLostError:
+            _log.warning("%s: was taken away while being cleaned", slot.slot_id)
+
+    # -- making, mending, removing -------------------------------------------------------------------------------
+
+    async def make_mirror(self) -> None:
+        """Clone the repository, unless that has been done; see `Mirror.ensure`."""
+        await self._parts.mirror.ensure()
+
+    async def resize(self, num_slots: int) -> None:
+        """Add or remove slots until there are `num_slots`; raises `SlotInUseError` where too many are leased."""
+        slots = await self._parts.coordinator.list_slots(self._name)
+        free_first = sorted(slots, key=lambda slot: (slot.state is SlotState.ALLOCATED, -slot.number))
+        for slot in free_first[: max(0, len(slots) - num_slots)]:
+            await self.remove_slot(slot.slot_id)
+        await together(*[self.add_slot for _ in range(num_slots - len(slots))])
+
+    async def check(self) -> dict[str, list[str]]:
+        """Verify every AVAILABLE slot by looking at all of it, and repair those in which something is wrong."""
+        found: dict[str, list[str]] = {}
+        for slot in await self._parts.coordinator.list_slots(self._name):
+            problems = await self._check_slot(slot.slot_id)
+            if problems:
+                found[slot.slot_id] = problems
+        return found
+
+    async def _check_slot(self, slot_id: str) -> list[str]:
+        hold = await self._parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
+        if hold is None:
+            return []
+        problems: list[str] = []
+        try:
+            problems += await self._parts.cleaner.verify_slot_integrity(hold.slot)
+            if problems:
+                await self._parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
+                await self._repair(hold)
+        finally:
+            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"check-{slot_id}")
+        return problems
+
+    async def drain(self) -> None:
+        """Make the trees of all unleased slots anew."""
+        for slot in await self._parts.coordinator.list_slots(self._name):
+            if slot.state is not SlotState.ALLOCATED:
+                await self.repair_slot(slot.slot_id)
+
+    async def fill(self, num_slots: int) -> None:
+        """Make the slots that are missing, side by side; raises the first failure."""
+        present = await self._parts.coordinator.list_slots(self._name)
+        missing = num_slots - len(present)
+        await together(*[self.add_slot for _ in range(missing)])
+
+    async def add_slot(self) -> Slot:
+        """Make one more slot (7.1, 7.2) and return it AVAILABLE.
+
+        Raises:
+            GitOperationError, CleanupError, OSError: it could not be made; nothing of it is left.
+        """
+        number = await self._parts.coordinator.next_slot_number(self._name)
+        slot_id = make_slot_id(self._name, number)
+        slot = Slot(
+            slot_id=slot_id,
+            repo_name=self._name,
+            repo_url=self._repo_url,
+            path=str(self._parts.store.tree_path(slot_id)),
+            created_at=now(),
+        )
+        hold = await self._parts.coordinator.create(slot)
+        try:
+            async with self._parts.cleaning:
+                result = await self._parts.cleaner.provision(slot, await self._standing(slot))
+            assert result.seal is not None
+            made = await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
+        except BaseException:
+            await shielded(self._unmake(hold, slot), name=f"unmake-{slot_id}")
+            raise
+        self._parts.emit("slot.added", {"slot_id": slot_id})
+        self._on_change()
+        return made
+
+    async def _unmake(self, hold: Hold, slot: Slot) -> None:
+        await self._parts.cleaner.discard(slot)
+        await self._parts.coordinator.delete(hold)
+
+    async def remove_slot(self, slot_id: str) -> None:
+        """Delete an unleased slot, directory and all (7.3 to 7.5).
+
+        Raises:
+            SlotInUseError: it is leased (7.4). SlotNotFoundError: there is none. TimeoutError: it was busy too long.
+        """
+        hold = await self._hold(slot_id)
+        await shielded(self._unmake(hold, hold.slot), name=f"remove-{slot_id}")
+        self._parts.emit("slot.removed", {"slot_id": slot_id})
+        self._on_change()
+
+    async def repair_slot(self, slot_id: str) -> CleanupResult:
+        """Make a slot's tree anew, whatever state it is in, unless it is leased (9.5).
+
+        Raises:
+            SlotInUseError: it is leased. CleanupError: it is beyond repair and stays quarantined.
+        """
+        return await self._repair(await self._hold(slot_id))
+
+    async def _repair(self, hold: Hold) -> CleanupResult:
+        outcome: list[CleanupResult] = []
+
+        async def repair(checkout: Checkout) -> CleanupResult:
+            outcome.append(await self._parts.cleaner.repair_slot(hold.slot, checkout))
+            return outcome[0]
+
+        await self._settle(hold, hold.slot, repair)
+        if not outcome:
+            slot = await self._parts.coordinator.get_slot(hold.slot.slot_id)
+            raise CleanupError(
+                f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._name
+            )
+        return outcome[0]
+
+    async def _hold(self, slot_id: str) -> Hold:
+        """Take an unleased slot for maintenance, waiting for a cleaning under way."""
+        deadline = Deadline.after(self.options.lock_timeout)
+        while True:
+            slot = await self._parts.coordinator.get_slot(slot_id)
+            if slot.state is SlotState.ALLOCATED:
+                raise SlotInUseError(
+                    f"{slot_id}: is leased; {describe_holder(slot)}", slot_id=slot_id, repo_name=self._name
+                )
+            task = self._returning.get(slot_id)
+            if task is not None:
+                async with deadline.limit():
+                    await asyncio.wait([task])
+            hold = await self._parts.coordinator.take(
+                slot_id, states=frozenset(SlotState) - {SlotState.ALLOCATED}, becomes=SlotState.CLEANING
+            )
+            if hold is not None:
+                return hold
+            async with deadline.limit():
+                await asyncio.sleep(_RETRY_SECONDS * random.random())  # noqa: S311 - jitter of a poll
+
+    async def recover(self) -> list[str]:
+        """Take over slots whose owner died, clean them in the background, and return their ids."""
+        self.last_recovery = boottime()
+        recovered = []
+        for orphan in await self._parts.coordinator.orphans(self._name):
+            hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
+            if hold is not None:
+                recovered.append(orphan.slot_id)
+                self._parts.emit(
+                    "slot.recovered", {"slot_id": orphan.slot_id, "lease": orphan.lease and orphan.lease.lease_id}
+                )
+                self._recover_later(hold, hold.slot)
+        return recovered
+
+    def _recover_later(self, hold: Hold, slot: Slot) -> None:
+        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.recover(slot, checkout))
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        _log.error("%s: background task %s failed", self._name, name, exc_info=error)
+        self._parts.emit("pool.task_failed", {"repo_name": self._name, "task": name, "error": str(error)})
+
+
+def describe_holder(slot: Slot) -> str:
+    """Say in one line who has a slot, or what else is with it."""
+    lease = slot.lease
+    if slot.state is not SlotState.ALLOCATED or lease is None:
+        return f"{slot.slot_id}: {slot.state}" + (f" ({slot.error})" if slot.error else "")
+    return (
+        f"{slot.slot_id}: leased since {lease.acquired_at:%Y-%m-%d %H:%M:%S} UTC by pid {lease.owner.pid} "
+        f"on {lease.owner.host}" + (f", {dict(lease.metadata)}" if lease.metadata else "")
+    )
