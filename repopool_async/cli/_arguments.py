@@ -1,0 +1,158 @@
+"""What can be said on the command line, and the exit statuses. Imports nothing that is slow, does nothing."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NoReturn
+
+
+class ExitStatus(IntEnum):
+    """How `repopool` ends when it is not the command's own status; the numbers of `sysexits.h` and of shells."""
+
+    USAGE = 64
+    """The arguments make no sense."""
+    FAILURE = 70
+    """A pool error; standard error has it in one line."""
+    TRY_LATER = 75
+    """No slot within the time allowed, or too many wait already."""
+    CONFIG = 78
+    """The configuration is refused."""
+    NOT_EXECUTABLE = 126
+    """The command was found but cannot be run."""
+    NOT_FOUND = 127
+    """The command does not exist."""
+    INTERRUPTED = 130
+    """128 + the signal that ended it: 129 HUP, 130 INT, 131 QUIT, 143 TERM."""
+    BROKEN_PIPE = 141
+    """Nobody read the output."""
+
+
+_STATUSES = """\
+exit statuses of `run`: the command's own; 128+N when signal N ended it; 127 when it does not exist, 126 when it cannot
+be executed; 75 when no slot was free in time, 70 for other errors of the pool, 78 for a refused configuration, 64 for
+wrong arguments."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage()
+        self.exit(ExitStatus.USAGE, f"repopool: {message}\n")
+
+    def print_usage(self, file: Any = None) -> None:
+        # Always on standard error: standard output is the command's.
+        super().print_usage(file or sys.stderr)
+
+
+def split_command(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Return our own arguments and, where there is a `--`, the command after the first one."""
+    if "--" not in argv:
+        return list(argv), None
+    at = list(argv).index("--")
+    return list(argv[:at]), list(argv[at + 1 :])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; what it returns has `verb`, `module` (where the verb lives) and `takes_command`."""
+    parser = _Parser(prog="repopool", description="Lease clean, isolated, up-to-date clones of git repositories.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_run(verbs)
+    _add_status(verbs)
+    add = _adder(verbs, "_manage")
+    add("add", "add a slot to a pool").add_argument("pool", metavar="POOL")
+    add("remove", "delete a slot that is not leased").add_argument("slot_id", metavar="SLOT_ID")
+    add("repair", "make a damaged or quarantined slot anew").add_argument("slot_id", metavar="SLOT_ID")
+    add("recover", "take over what dead processes left, and clean it")
+    delete = add("delete", "delete a pool: its slots, mirror and history")
+    delete.add_argument("pool", metavar="POOL")
+    delete.add_argument("--force", action="store_true", help="even where slots are leased; their leases are lost")
+    log = add("log", "print a slot's allocation history and clean-up log, oldest first")
+    log.add_argument("slot_id", metavar="SLOT_ID")
+    log.add_argument("--limit", type=_count, metavar="N", help="only the newest N entries")
+    return parser
+
+
+def _adder(verbs: Any, module: str) -> Callable[..., argparse.ArgumentParser]:
+    def add(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = verbs.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more
+        )
+        parser.set_defaults(module=module, takes_command=False)
+        parser.add_argument(
+            "--workspaces-dir", metavar="DIR", help="where pools lie (default: REPOPOOL_WORKSPACES_DIR, else user data)"
+        )
+        parser.add_argument("--config", metavar="FILE", help="a pools.yaml")
+        parser.add_argument(
+            "-v", "--verbose", action="count", default=0, help="tell on standard error what happens; twice: everything"
+        )
+        return parser
+
+    return add
+
+
+def _add_run(verbs: Any) -> None:
+    run = _adder(verbs, "_run")(
+        "run",
+        "lease a slot, run a command in it, give it back",
+        usage="repopool run [options] URL-or-pool -- COMMAND [ARGUMENT ...]",
+        epilog=_STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.set_defaults(takes_command=True)
+    run.add_argument(
+        "target",
+        metavar="URL-or-pool",
+        help="a pool's name, else the URL or path of a repository, which gets a pool of its own",
+    )
+    run.add_argument("--ref", help="branch, tag or commit (default: the remote's default branch)")
+    run.add_argument("--new-branch", metavar="B", help="make this branch there and check it out")
+    run.add_argument(
+        "--timeout",
+        type=_timeout,
+        metavar="T",
+        default=argparse.SUPPRESS,
+        help="how long to wait for a slot at that ref: 30s, 5m, 0 for one try, none for no limit",
+    )
+    run.add_argument("--slots", type=_count, metavar="N", help="how many slots the pool shall have at least")
+    run.add_argument("--no-fetch", action="store_true", help="take what the pool has instead of asking the remote")
+
+
+def _add_status(verbs: Any) -> None:
+    status = _adder(verbs, "_status")("status", "show pools and slots, without touching them")
+    status.add_argument("pool", metavar="POOL", nargs="?", help="only this pool")
+    status.add_argument("--json", action="store_true", help="as JSON")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow to import
+
+        try:
+            print(f"repopool {version('repopool-async')}")
+        except PackageNotFoundError:
+            print("repopool, run from its source")
+        parser.exit()
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return count
+
+
+def _timeout(text: str) -> float | None:
+    from repopool_async.config import parse_duration  # noqa: PLC0415 - slow to import
+
+    if text.lower() == "none":
+        return None
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

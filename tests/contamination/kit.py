@@ -1,0 +1,267 @@
+"""What contamination vectors are made of: the register, and the scene that each of them is given.
+
+A vector is a function that does one thing to a leased slot, as any process of the lessee could. It knows nothing of
+pools: the same vectors are played against other recipes for comparison. What became of the slot is judged elsewhere.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import attrs
+
+LIMIT_SECONDS = 10.0
+"""How long anything that a vector waits for may take."""
+
+_POLL_SECONDS = 0.002
+_LIFE_SECONDS = 60
+"""What a vector leaves running ends itself after this, should nobody else do so."""
+
+
+@attrs.frozen
+class Vector:
+    """One contamination.
+
+    Attributes:
+        group: what it attacks. act: does it. before: makes things outside the slot, older than the slot's seal.
+        needs_root: whether an ordinary user cannot do it.
+        quarantine: why the slot may be isolated instead of cleaned; "" where it may not.
+        leaves_trash: whether what was thrown away may be impossible to delete while the contamination lasts.
+    """
+
+    name: str
+    group: str
+    act: Callable[["Scene"], None]
+    before: Callable[["Scene"], None] | None = None
+    needs_root: bool = False
+    quarantine: str = ""
+    leaves_trash: bool = False
+
+
+VECTORS: dict[str, Vector] = {}
+
+
+def vector(
+    group: str,
+    *,
+    before: Callable[["Scene"], None] | None = None,
+    needs_root: bool = False,
+    quarantine: str = "",
+    leaves_trash: bool = False,
+) -> Callable[[Callable[["Scene"], None]], Callable[["Scene"], None]]:
+    """Register the decorated function as a vector under its own name."""
+
+    def register(act: Callable[["Scene"], None]) -> Callable[["Scene"], None]:
+        name = act.__name__
+        assert name not in VECTORS, name
+        VECTORS[name] = Vector(name, group, act, before, needs_root, quarantine, leaves_trash)
+        return act
+
+    return register
+
+
+def register_each(group: str, kinds: Sequence[str], act: Callable[["Scene", str], None], name: str) -> None:
+    """Register one vector per kind; `name` has a place for it."""
+    for kind in kinds:
+        own = name.format("".join(letter if letter.isalnum() else "_" for letter in kind))
+        assert own not in VECTORS, own
+        VECTORS[own] = Vector(own, group, lambda scene, kind=kind: act(scene, kind))  # type: ignore[misc]
+
+
+@attrs.define
+class Scene:
+    """Where a vector acts.
+
+    Attributes:
+        tree: the leased tree. outside: a directory beside the pool that nothing of the slot may change; it holds
+            `file`, `dir/`, and the repository `repo/`.
+        origin: the URL of the slot's repository.
+        environment: what the lessee's own commands run with.
+        run: runs a command in the slot, bearing the lease's mark, and waits for its end.
+        late: done after the slot was returned and leased again.
+        hidden_objects: ids of objects that the next lessee must not be able to read.
+        is_ours: pids that vectors left running.
+    """
+
+    tree: Path
+    outside: Path
+    origin: str
+    environment: dict[str, str]
+    run: Callable[..., None]
+    late: list[Callable[[], None]] = attrs.field(factory=list)
+    undo: list[Callable[[], None]] = attrs.field(factory=list)
+    hidden_objects: list[str] = attrs.field(factory=list)
+    left: list[int] = attrs.field(factory=list)
+
+    @property
+    def git_dir(self) -> Path:
+        return self.tree / ".git"
+
+    @property
+    def canary(self) -> Path:
+        """Where planted commands leave a mark."""
+        return self.outside / "canary"
+
+    @property
+    def control(self) -> Path:
+        """Where what was left running says and hears what to do."""
+        return self.outside / "control"
+
+    # -- doing things --------------------------------------------------------------------------------------------
+
+    def git(self, *args: str, check: bool = True, input: bytes | None = None, cwd: Path | None = None) -> str:
+        """Run git as the lessee."""
+        done = subprocess.run(
+            ["git", *args],
+            cwd=cwd or self.tree,
+            env=self.environment,
+            input=input if input is not None else b"",
+            capture_output=True,
+            check=False,
+            timeout=LIMIT_SECONDS,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"git {args}: {done.returncode}: {done.stderr.decode(errors='replace')}")
+        return done.stdout.decode(errors="surrogateescape").strip()
+
+    def write(self, name: str, data: str | bytes = "contaminated\n", *, mode: int | None = None) -> Path:
+        """Write a file of the tree, making its directories."""
+        path = self.tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        if mode is not None:
+            path.chmod(mode)
+        return path
+
+    def append(self, name: str, text: str) -> None:
+        """Add to a file of the git directory, made where it is missing."""
+        path = self.git_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
+
+    def commit(self, message: str = "Contaminate", files: Mapping[str, str] | None = None) -> str:
+        """Commit files to whatever is checked out and return the id."""
+        for name, text in (files or {"contaminated": "committed\n"}).items():
+            self.write(name, text)
+        self.git("add", "-A", "--", ".")
+        self.git("commit", "-qm", message)
+        return self.git("rev-parse", "HEAD")
+
+    def forged_commit(self, text: str = "forged\n") -> str:
+        """Make a commit that no branch has, and return its id."""
+        blob = self.git("hash-object", "-w", "--stdin", input=text.encode())
+        tree = self.git("mktree", input=f"100644 blob {blob}\tforged\n".encode())
+        return self.git("commit-tree", "-m", "Forged", tree)
+
+    def payload(self, name: str) -> str:
+        """Return the path of a command that leaves a mark in the canary directory and copies its input."""
+        path = self.outside / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        self.write_payload(path)
+        return str(path)
+
+    def write_payload(self, path: Path) -> None:
+        """Write such a command; the mark bears the file's name."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n: > '{self.canary}/{path.name}'\nexec cat\n")
+        path.chmod(0o755)
+
+    def edit_keeping_times(self, name: str) -> None:
+        """Change a byte of a file in place, then put its times back."""
+        path = self.tree / name
+        status = path.stat()
+        data = bytearray(path.read_bytes())
+        data[0] ^= 1
+        with path.open("r+b") as file:
+            file.write(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def replace_by_link(self, name: str, target: str | os.PathLike[str]) -> None:
+        """Put a link in the place of whatever is there."""
+        remove(self.tree / name)
+        (self.tree / name).symlink_to(target)
+
+    # -- leaving processes ---------------------------------------------------------------------------------------
+
+    def leave(self, script: str, *, is_scrubbed: bool = False, cwd: Path | None = None) -> None:
+        """Start a Python script in the slot that outlives the command that started it, and wait until it is ready.
+
+        The script may call `ready()` (once, when it is set up), and `told()`, which waits for `tell`.
+        """
+        name = f"process{len(list(self.control.iterdir()))}"
+        source = self.control / f"{name}.py"
+        source.write_text(_PREAMBLE.format(base=str(self.control / name), life=_LIFE_SECONDS) + script)
+        scrub = ["env", "-i"] if is_scrubbed else []
+        # Nothing of the pipes of the command that starts it is kept open.
+        start = 'cd "$1" && shift && exec setsid -f "$@" </dev/null >/dev/null 2>"$OUT"'
+        arguments = ["sh", "-c", start, "sh", str(cwd or self.tree), *scrub, sys.executable, "-ISB", str(source)]
+        self.run(*arguments, env={"OUT": str(source.with_suffix(".err"))})
+        ready = source.with_suffix(".ready")
+        wait_for(ready.exists, lambda: f"{name} did not start: {source.with_suffix('.err').read_text()}")
+        pid = int(ready.read_text())
+        self.left.append(pid)
+        self.late.append(lambda: self._tell(source, pid))
+
+    def _tell(self, source: Path, pid: int) -> None:
+        """Let a left process go on, and wait until it has done its deed, where it is still alive."""
+        source.with_suffix(".told").touch()
+        done = source.with_suffix(".done")
+        wait_for(lambda: done.exists() or not is_alive(pid), lambda: f"{source.name} hangs")
+
+    def end(self) -> None:
+        """End what vectors left running, and undo what would be in the way of deleting things."""
+        for pid in self.left:
+            if is_alive(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for undo in reversed(self.undo):
+            undo()
+
+
+_PREAMBLE = """
+import mmap, os, signal, socket, sys, time
+BASE = {base!r}
+signal.alarm({life})
+def ready():
+    with open(BASE + '.tmp', 'w') as file:
+        file.write(str(os.getpid()))
+    os.rename(BASE + '.tmp', BASE + '.ready')
+def told():
+    while not os.path.exists(BASE + '.told'):
+        time.sleep(0.002)
+def done():
+    open(BASE + '.done', 'w').close()
+"""
+
+
+def wait_for(condition: Callable[[], object], message: Callable[[], str]) -> None:
+    """Wait until a condition holds."""
+    limit = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < limit, message()
+        time.sleep(_POLL_SECONDS)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs that a vector left; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return state not in b"ZX" and b"control/process" in command
+
+
+def remove(path: Path) -> None:
+    """Delete whatever is at a path."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

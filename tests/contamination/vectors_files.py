@@ -1,0 +1,535 @@
+"""Contaminations of the tree by ordinary means: files, directories and links that come, go and change."""
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from tests.contamination.kit import Scene, register_each, remove, vector
+
+NAME_LIMIT = 255
+PATH_LIMIT = 4096
+
+# -- what git does not track ---------------------------------------------------------------------------------------
+
+
+@vector("files")
+def untracked_file(scene: Scene) -> None:
+    scene.write("untracked.txt")
+
+
+@vector("files")
+def untracked_files_in_tracked_directories(scene: Scene) -> None:
+    for directory in ("src", "src/pkg/deep", "docs", "assets"):
+        scene.write(f"{directory}/untracked.txt")
+
+
+@vector("files")
+def untracked_directories(scene: Scene) -> None:
+    for number in range(200):
+        scene.write(f"node_modules/package{number % 20}/file{number}.js")
+
+
+@vector("files")
+def ignored_files(scene: Scene) -> None:
+    for name in (".env", "debug.log", "src/debug.log", "build/out/artifact", "src/build/artifact"):
+        scene.write(name, "SECRET=1\n")
+
+
+@vector("files")
+def planted_gitignore_hides_everything(scene: Scene) -> None:
+    scene.write("hidden/.gitignore", "*\n")
+    scene.write("hidden/secret")
+    scene.write("src/.gitignore", "*\n")
+    scene.write("src/secret")
+
+
+@vector("files")
+def tracked_gitignore_edited(scene: Scene) -> None:
+    scene.write(".gitignore", "*\n")
+    scene.write("secret")
+
+
+@vector("files")
+def empty_directories(scene: Scene) -> None:
+    for name in ("empty", "src/empty", "src/pkg/deep/empty/chain/of/them", "build"):
+        (scene.tree / name).mkdir(parents=True)
+
+
+@vector("files")
+def sparse_file_of_a_terabyte(scene: Scene) -> None:
+    with scene.write("huge").open("r+b") as file:
+        file.truncate(1 << 40)
+
+
+# -- repositories --------------------------------------------------------------------------------------------------
+
+
+def _repository(scene: Scene, name: str) -> Path:
+    path = scene.tree / name
+    path.mkdir(parents=True, exist_ok=True)
+    scene.git("init", "-q", cwd=path)
+    (path / "nested.txt").write_text("nested\n")
+    scene.git("add", "nested.txt", cwd=path)
+    scene.git("commit", "-qm", "Nested", cwd=path)
+    return path
+
+
+@vector("files")
+def nested_repository(scene: Scene) -> None:
+    _repository(scene, "nested")
+    _repository(scene, "deep/in/untracked")
+
+
+@vector("files")
+def nested_repository_in_tracked_directory(scene: Scene) -> None:
+    _repository(scene, "src/pkg")
+
+
+@vector("files")
+def nested_repository_hides_edits(scene: Scene) -> None:
+    scene.write("src/app.py", "edited\n")
+    scene.git("init", "-q", cwd=scene.tree / "src")
+    scene.write("src/untracked")
+
+
+@vector("files")
+def nested_repository_in_a_nested_one(scene: Scene) -> None:
+    _repository(scene, "docs/outer")
+    _repository(scene, "docs/outer/inner")
+
+
+@vector("files")
+def nested_bare_repository(scene: Scene) -> None:
+    scene.git("init", "-q", "--bare", "bare.git")
+    scene.git("init", "-q", "--bare", "src/bare")
+
+
+@vector("files")
+def gitfile_in_tracked_directory(scene: Scene) -> None:
+    scene.write("src/.git", f"gitdir: {scene.outside}/repo/.git\n")
+    scene.write("src/untracked")
+
+
+@vector("files")
+def link_called_git_in_tracked_directory(scene: Scene) -> None:
+    (scene.tree / "src/.git").symlink_to(scene.outside / "repo/.git")
+    scene.write("src/untracked")
+
+
+@vector("files")
+def empty_git_directories_below_the_root(scene: Scene) -> None:
+    for name in ("src/.git", "src/pkg/.git", "new/.git"):
+        (scene.tree / name).mkdir(parents=True)
+
+
+@vector("files")
+def linked_worktree_in_the_tree(scene: Scene) -> None:
+    scene.git("worktree", "add", "-q", "-b", "linked", "src/linked")
+
+
+@vector("files")
+def linked_worktree_outside(scene: Scene) -> None:
+    scene.git("worktree", "add", "-q", "--detach", str(scene.outside / "linked"))
+
+
+# -- modes -----------------------------------------------------------------------------------------------------------
+
+
+def _untracked_directory_with_mode(scene: Scene, mode: str) -> None:
+    for directory in ("locked", "src/locked"):
+        scene.write(f"{directory}/inner/secret")
+        for name in (f"{directory}/inner", directory):
+            (scene.tree / name).chmod(int(mode, 8))
+
+
+register_each("files", ["0000", "0111", "0555"], _untracked_directory_with_mode, "untracked_directory_with_mode_{}")
+
+
+def _tracked_directory_with_mode(scene: Scene, mode: str) -> None:
+    for name in ("src/pkg", "src", "docs"):
+        (scene.tree / name).chmod(int(mode, 8))
+
+
+register_each(
+    "files", ["0000", "0555", "0700", "0777", "1755", "2755"], _tracked_directory_with_mode,
+    "tracked_directory_with_mode_{}",
+)  # fmt: skip
+
+
+def _root_with_mode(scene: Scene, mode: str) -> None:
+    scene.write("untracked")
+    scene.tree.chmod(int(mode, 8))
+
+
+register_each("files", ["0000", "0555", "0777", "2755"], _root_with_mode, "root_with_mode_{}")
+
+
+@vector("files")
+def everything_made_read_only(scene: Scene) -> None:
+    scene.write("src/app.py", "edited\n")
+    scene.write("locked/untracked")
+    for directory, _, names in os.walk(scene.tree, topdown=False):
+        for name in names:
+            if not (Path(directory) / name).is_symlink():
+                (Path(directory) / name).chmod(0o444)
+        Path(directory).chmod(0o555)
+
+
+@vector("files")
+def executable_bits_changed(scene: Scene) -> None:
+    (scene.tree / "README.md").chmod(0o755)
+    (scene.tree / "bin/tool.sh").chmod(0o644)
+
+
+@vector("files")
+def executable_bits_ignored_by_configuration(scene: Scene) -> None:
+    scene.git("config", "core.fileMode", "false")
+    (scene.tree / "README.md").chmod(0o755)
+
+
+def _file_mode(scene: Scene, mode: str) -> None:
+    (scene.tree / "README.md").chmod(int(mode, 8))
+    (scene.tree / "src/app.py").chmod(int(mode, 8))
+
+
+register_each("files", ["0000", "0600", "0666", "1644", "2755", "4755"], _file_mode, "tracked_file_with_mode_{}")
+
+# -- edits that do not show ------------------------------------------------------------------------------------------
+
+
+@vector("files")
+def tracked_files_edited(scene: Scene) -> None:
+    scene.write("README.md", "edited\n")
+    scene.write("data/blob.bin", b"\0")
+    scene.write("src/pkg/__init__.py", "no longer empty\n")
+
+
+@vector("files")
+def same_size_same_time_edit_in_place(scene: Scene) -> None:
+    for name in ("README.md", "src/app.py", "data/text.dos", "docs/guide.md"):
+        scene.edit_keeping_times(name)
+
+
+@vector("files")
+def same_size_same_time_edit_hidden_by_configuration(scene: Scene) -> None:
+    scene.git("config", "core.trustctime", "false")
+    scene.git("config", "core.checkStat", "minimal")
+    scene.edit_keeping_times("README.md")
+
+
+@vector("files")
+def same_size_same_time_replacement(scene: Scene) -> None:
+    path = scene.tree / "README.md"
+    copy = scene.tree / "copy"
+    shutil.copy2(path, copy)
+    scene.edit_keeping_times("copy")
+    copy.rename(path)
+
+
+@vector("files")
+def edited_in_the_future_and_the_past(scene: Scene) -> None:
+    for name, seconds in (("README.md", 1 << 33), ("src/app.py", 0), ("docs/guide.md", 1_000_000_000)):
+        scene.write(name, "edited\n")
+        os.utime(scene.tree / name, (seconds, seconds))
+
+
+def _older_twins(scene: Scene) -> None:
+    twins = scene.outside / "twins"
+    subprocess.run(["git", "clone", "-q", scene.origin, twins], check=True, env=scene.environment)
+    for name in ("src/app.py", "src/pkg/deep/er/leaf.txt", "README.md"):
+        path = twins / name
+        path.write_bytes(b"X" + path.read_bytes()[1:])
+
+
+@vector("files", before=_older_twins)
+def directories_older_than_the_seal_moved_in(scene: Scene) -> None:
+    for name in ("src", "docs"):
+        remove(scene.tree / name)
+        (scene.outside / "twins" / name).rename(scene.tree / name)
+
+
+@vector("files", before=_older_twins)
+def deep_directory_older_than_the_seal_moved_in(scene: Scene) -> None:
+    remove(scene.tree / "src/pkg/deep")
+    (scene.outside / "twins/src/pkg/deep").rename(scene.tree / "src/pkg/deep")
+
+
+@vector("files", before=_older_twins)
+def file_older_than_the_seal_moved_in(scene: Scene) -> None:
+    (scene.outside / "twins/README.md").rename(scene.tree / "README.md")
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+@vector("files")
+def link_in_place_of_tracked_directory(scene: Scene) -> None:
+    copy = scene.outside / "dir/src"
+    shutil.copytree(scene.tree / "src", copy)
+    scene.replace_by_link("src", copy)
+
+
+@vector("files")
+def link_in_place_of_nested_directory(scene: Scene) -> None:
+    copy = scene.outside / "dir/deep"
+    shutil.copytree(scene.tree / "src/pkg/deep", copy)
+    (copy / "er/untracked").write_text("must stay\n")
+    scene.replace_by_link("src/pkg/deep", copy)
+
+
+@vector("files")
+def link_in_place_of_directory_with_only_a_submodule(scene: Scene) -> None:
+    (scene.outside / "dir/lib").mkdir()
+    (scene.outside / "dir/lib/precious").write_text("must stay\n")
+    scene.replace_by_link("vendor", scene.outside / "dir")
+
+
+@vector("files")
+def link_in_place_of_tracked_file(scene: Scene) -> None:
+    scene.replace_by_link("README.md", scene.outside / "file")
+    scene.replace_by_link("docs/guide.md", "../src/app.py")
+
+
+@vector("files")
+def tracked_link_points_elsewhere(scene: Scene) -> None:
+    scene.replace_by_link("docs/link", scene.outside / "file")
+
+
+@vector("files")
+def file_in_place_of_tracked_link(scene: Scene) -> None:
+    remove(scene.tree / "docs/link")
+    scene.write("docs/link", "../README.md")
+
+
+@vector("files")
+def links_out_of_the_tree(scene: Scene) -> None:
+    for name, target in (("root", "/"), ("up", ".."), ("out", str(scene.outside)), ("dangling", "/nowhere")):
+        (scene.tree / name).symlink_to(target)
+        (scene.tree / "src" / name).symlink_to(target)
+
+
+@vector("files")
+def link_loops(scene: Scene) -> None:
+    (scene.tree / "loop").symlink_to("loop")
+    scene.replace_by_link("src/pkg", "../docs")
+    scene.replace_by_link("docs", "src")
+
+
+def _link_in_place_of_what_git_reads(scene: Scene, name: str) -> None:
+    os.mkfifo(scene.outside / "fifo")
+    scene.replace_by_link(name, scene.outside / "fifo")
+
+
+register_each(
+    "files", [".gitignore", ".gitattributes", ".gitmodules"], _link_in_place_of_what_git_reads, "link_to_fifo_as{}"
+)
+
+
+# -- special files ---------------------------------------------------------------------------------------------------
+
+
+@vector("files")
+def fifos(scene: Scene) -> None:
+    for name in ("fifo", "src/fifo", "docs/pipe"):
+        os.mkfifo(scene.tree / name)
+
+
+@vector("files")
+def sockets(scene: Scene) -> None:
+    for directory in ("", "src"):
+        # The path of a socket is short; only the directory's own is not.
+        os.symlink(scene.tree / directory, short := f"/tmp/repopool-{os.getpid()}")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(f"{short}/socket")
+        os.unlink(short)
+
+
+def _fifo_as(scene: Scene, name: str) -> None:
+    remove(scene.tree / name)
+    (scene.tree / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(scene.tree / name)
+
+
+register_each(
+    "files",
+    [".gitignore", ".gitattributes", ".gitmodules", "src/.gitignore", "src/.gitattributes", "README.md", "src", "src/.git",
+     "vendor/lib", "vendor/lib/.git", "new/.git", "new/.gitattributes"],
+    _fifo_as, "fifo_as_{}",
+)  # fmt: skip
+
+
+@vector("files", needs_root=True)
+def devices(scene: Scene) -> None:
+    os.mknod(scene.tree / "zero", 0o666 | 0o020000, os.makedev(1, 5))
+    remove(scene.tree / "src/app.py")
+    os.mknod(scene.tree / "src/app.py", 0o666 | 0o020000, os.makedev(1, 5))
+
+
+# -- hard links ------------------------------------------------------------------------------------------------------
+
+
+@vector("files")
+def hard_link_kept_outside_and_written_later(scene: Scene) -> None:
+    for number, name in enumerate(("README.md", "src/pkg/core.py")):
+        link = scene.outside / f"late{number}"
+        os.link(scene.tree / name, link)
+        scene.late.append(lambda link=link: link.write_text("written after the return\n"))  # type: ignore[misc]
+
+
+@vector("files")
+def hard_link_from_outside_in_place_of_tracked_file(scene: Scene) -> None:
+    remove(scene.tree / "README.md")
+    os.link(scene.outside / "file", scene.tree / "README.md")
+    os.link(scene.outside / "file", scene.tree / "untracked")
+    os.link(scene.outside / "file", scene.tree / "docs/untracked")
+
+
+@vector("files")
+def hard_links_within_the_tree(scene: Scene) -> None:
+    os.link(scene.tree / "README.md", scene.tree / "untracked")
+    remove(scene.tree / "src/app.py")
+    os.link(scene.tree / "src/pkg/core.py", scene.tree / "src/app.py")
+
+
+@vector("files")
+def hard_link_made_and_removed_again(scene: Scene) -> None:
+    os.link(scene.tree / "README.md", scene.tree / "untracked")
+    (scene.tree / "untracked").write_text("through the link\n")
+    (scene.tree / "untracked").unlink()
+
+
+# -- what is missing or of another kind --------------------------------------------------------------------------------
+
+
+@vector("files")
+def tracked_files_deleted(scene: Scene) -> None:
+    for name in ("README.md", "src/pkg/core.py", "docs/link", ".gitignore"):
+        remove(scene.tree / name)
+
+
+@vector("files")
+def tracked_directories_deleted(scene: Scene) -> None:
+    for name in ("src", "assets", "vendor"):
+        remove(scene.tree / name)
+
+
+@vector("files")
+def everything_but_git_deleted(scene: Scene) -> None:
+    for path in scene.tree.iterdir():
+        if path.name != ".git":
+            remove(path)
+
+
+@vector("files")
+def directory_in_place_of_tracked_file(scene: Scene) -> None:
+    remove(scene.tree / "README.md")
+    scene.write("README.md/inside/deep")
+    remove(scene.tree / "src/app.py")
+    (scene.tree / "src/app.py").mkdir()
+
+
+@vector("files")
+def file_in_place_of_tracked_directory(scene: Scene) -> None:
+    remove(scene.tree / "src")
+    scene.write("src")
+
+
+@vector("files")
+def directories_swapped(scene: Scene) -> None:
+    (scene.tree / "src").rename(scene.tree / "swap")
+    (scene.tree / "docs").rename(scene.tree / "src")
+    (scene.tree / "swap").rename(scene.tree / "docs")
+
+
+@vector("files")
+def tracked_files_swapped(scene: Scene) -> None:
+    (scene.tree / "src/app.py").rename(scene.tree / "swap")
+    (scene.tree / "src/pkg/core.py").rename(scene.tree / "src/app.py")
+    (scene.tree / "swap").rename(scene.tree / "src/pkg/core.py")
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@vector("files")
+def case_variants(scene: Scene) -> None:
+    for name in ("readme.md", "SRC/app.py", "src/APP.PY", ".GITIGNORE", ".GITATTRIBUTES", ".Git/config", "src/.GIT/HEAD"):
+        scene.write(name)
+
+
+@vector("files")
+def case_variants_with_ignorecase(scene: Scene) -> None:
+    scene.git("config", "core.ignoreCase", "true")
+    case_variants(scene)
+
+
+@vector("files")
+def names_that_are_hard_to_say(scene: Scene) -> None:
+    tree = os.fsencode(scene.tree)
+    for name in (b"new\nline", b"tab\t", b'quote"', b"back\\slash", b"\xff\xfe latin \xe9", b"-rf", b"--help", b" ", b"*",
+                 b":(top)x", b"trailing ", b"$(touch x)", b"`x`", b"\x01\x1b[31m", b"~", b"#", b"con", b".git ", b".gitx"):  # fmt: skip
+        for directory in (b"", b"src/"):
+            with open(tree + b"/" + directory + name, "wb") as file:
+                file.write(b"hard\n")
+        os.mkdir(tree + b"/" + name + b".directory\n")
+
+
+@vector("files")
+def names_at_the_length_limit(scene: Scene) -> None:
+    scene.write("n" * NAME_LIMIT)
+    scene.write("src/" + "n" * NAME_LIMIT)
+    path = os.path.join(scene.tree, "assets")
+    while len(path) + NAME_LIMIT + 2 < PATH_LIMIT:
+        path = os.path.join(path, "p" * NAME_LIMIT)
+        os.mkdir(path)
+    with open(os.path.join(path, "q" * (PATH_LIMIT - len(path) - 2)), "w"):
+        pass
+
+
+def _chain(directory: Path, depth: int, *, mode: int = 0o755) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        for _ in range(depth):
+            os.mkdir("d" * 200, dir_fd=descriptor)
+            below = os.open("d" * 200, os.O_RDONLY, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        os.close(os.open("secret", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+        os.mkfifo("fifo", dir_fd=descriptor)
+        os.mkdir(".git", dir_fd=descriptor)
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
+@vector("files")
+def directories_deeper_than_paths_can_say(scene: Scene) -> None:
+    _chain(scene.tree, 100)
+    _chain(scene.tree / "src", 100)
+
+
+@vector("files")
+def deep_directories_that_cannot_be_entered(scene: Scene) -> None:
+    _chain(scene.tree / "src", 60, mode=0)
+
+
+# -- what a check-out believes -----------------------------------------------------------------------------------------
+
+
+@vector("files")
+def planted_attributes_change_line_ends(scene: Scene) -> None:
+    for directory in ("", "src/", "docs/"):
+        scene.write(f"{directory}.gitattributes", "* text eol=crlf ident working-tree-encoding=UTF-16\n")
+    for name in ("README.md", "src/app.py", "docs/guide.md"):
+        remove(scene.tree / name)
+
+
+@vector("files")
+def attributes_edited_and_line_ends_converted(scene: Scene) -> None:
+    scene.write(".gitattributes", "* text eol=crlf\n")
+    scene.git("config", "core.autocrlf", "true")
+    remove(scene.tree / ".git/index")
+    scene.git("reset", "--hard", "-q", check=False)
+    scene.git("add", "--renormalize", ".", check=False)
