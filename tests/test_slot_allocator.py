@@ -3,6 +3,7 @@
 import itertools
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 
 import attrs
 import pytest
@@ -112,11 +113,11 @@ _pools = st.lists(_slots, max_size=12, unique_by=lambda slot: slot.slot_id)
 
 @given(_pools, st.sampled_from([WANTED, None]), st.sampled_from(["main", None]), st.randoms())
 def test_the_order_depends_on_the_slots_alone(
-    slots: list[Slot], commit: str | None, branch: str | None, chance: "st.DataObject"
+    slots: list[Slot], commit: str | None, branch: str | None, chance: Random
 ) -> None:
     ordered = order_candidates(slots, commit=commit, branch=branch)
     shuffled = list(slots)
-    chance.shuffle(shuffled)  # type: ignore[attr-defined]
+    chance.shuffle(shuffled)
     assert order_candidates(shuffled, commit=commit, branch=branch) == ordered
     assert {slot.slot_id for slot in ordered} == {
         slot.slot_id for slot in slots if slot.state is SlotState.AVAILABLE and slot.seal is not None
