@@ -63,7 +63,10 @@ def overwrite(path: str, data: bytes) -> bool:
     new ones, so the data needs a checksum, and who finds it wrong reads again with `is_settled`.
 
     Returns:
-        False where nothing was done: there is no such file, or somebody else is overwriting it.
+        False where that was not possible: there is no such file, or somebody else is overwriting it.
+
+    Raises:
+        OSError: the disk failed, or a file system that copies on write is full.
     """
     try:
         descriptor = os.open(path, _OVERWRITE)
@@ -365,8 +368,7 @@ class _Removal:
 
     def _remove_directory(self) -> None:
         try:
-            descriptor = _open_directory(self._path)
-            self._enter(descriptor, self._path, os.fstat(descriptor))
+            self._enter(_open_directory(self._path), self._path)
             while self._pending[-1] or len(self._pending) > 1:
                 if self._pending[-1]:
                     self._descend(self._pending[-1].pop())
@@ -377,15 +379,14 @@ class _Removal:
                 os.close(self._descriptor)
         os.rmdir(self._path)
 
-    def _enter(self, descriptor: int, name: str, status: os.stat_result) -> None:
+    def _enter(self, descriptor: int, name: str) -> None:
         """Make a directory the present one, and delete everything in it but the directories."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = descriptor
         self._names.append(name)
-        self._identities.append((status.st_dev, status.st_ino))
+        self._identities.append(_identity(descriptor))
         self._pending.append([])
-        _grant_owner(descriptor, status.st_mode)
         try:
             with os.scandir(descriptor) as entries:
                 listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
@@ -416,9 +417,10 @@ class _Removal:
             if self._mounts and os.path.join(*self._names, name) in self._mounts:
                 raise _busy()
             descriptor = _open_directory(name, self._descriptor)
-            status = os.fstat(descriptor)
-            if status.st_dev != self._identities[-1][0]:
+            if _identity(descriptor)[0] != self._identities[-1][0]:
                 raise _busy()
+            # Another user's directory may let us in and not out again.
+            os.close(os.open("..", _DIRECTORY, dir_fd=descriptor))
         except FileNotFoundError:
             pass
         except NotADirectoryError:
@@ -428,7 +430,7 @@ class _Removal:
             if descriptor >= 0:
                 os.close(descriptor)
         else:
-            self._enter(descriptor, name, status)
+            self._enter(descriptor, name)
 
     def _ascend(self) -> None:
         parent = os.open("..", _DIRECTORY, dir_fd=self._descriptor)
@@ -437,8 +439,7 @@ class _Removal:
         name = self._names.pop()
         self._identities.pop()
         self._pending.pop()
-        status = os.fstat(parent)
-        if (status.st_dev, status.st_ino) != self._identities[-1]:
+        if _identity(parent) != self._identities[-1]:
             # The directory was moved while we were in it: nothing outside the tree may be touched.
             raise _stale()
         try:
@@ -463,13 +464,21 @@ def _stale() -> OSError:
     return OSError(errno.ESTALE, "It was moved or replaced while it was being removed")
 
 
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
 def _open_directory(name: str, parent: int | None = None) -> int:
+    """Open a directory, with every right its owner can give himself."""
     try:
-        return os.open(name, _DIRECTORY, dir_fd=parent)
+        descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
     except PermissionError:
         if not open_up(name, parent):
             raise
         return os.open(name, _DIRECTORY, dir_fd=parent)
+    _grant_owner(descriptor, os.fstat(descriptor).st_mode)
+    return descriptor
 
 
 def open_up(name: str, parent: int | None = None) -> bool:

@@ -241,7 +241,8 @@ class SlotStore:
         directory = self.pool_directory(repo_name)
         trash = f"{self._root}/.trash"  # a dot-directory is no pool
         with _translated(directory, "delete", repo_name=repo_name):
-            elsewhere = Path(directory).resolve() if Path(directory).is_symlink() else None
+            is_linked = Path(directory).is_symlink() and self._is_pool(repo_name)
+            elsewhere = Path(directory).resolve() if is_linked else None
             entry = _files.move_to_trash(directory, trash)
             if entry is None:
                 raise _no_pool(repo_name, self._root)
@@ -644,12 +645,12 @@ def _numbers_named(directory: str, pattern: re.Pattern[str]) -> list[int]:
 
 
 def _slot_numbers(directory: str) -> list[int]:
-    numbers = []
-    for match in filter(None, map(_SLOT_NAME.fullmatch, _names(directory))):
-        path = Path(directory, match[0])
-        if path.is_dir() and not path.is_symlink():
-            numbers.append(int(match[1]))
-    return numbers
+    try:
+        with os.scandir(directory) as entries:
+            matches = [_SLOT_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [int(match[1]) for match in matches if match]
 
 
 # The mirror's configuration

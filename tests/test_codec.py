@@ -79,7 +79,7 @@ class TestWriting:
     @pytest.mark.parametrize(
         "metadata",
         [{"x": object()}, {"x": b"bytes"}, {"x": {1, 2}}, {"x": float("nan")}, {"x": float("inf")}, {1: 2, "x": 3}],
-        ids=repr,
+        ids=["object", "bytes", "set", "not a number", "infinite", "mixed keys"],
     )
     def test_what_json_cannot_hold_is_refused(self, metadata: dict[Any, Any]) -> None:
         with pytest.raises(CodecError, match="Pool cannot be written as JSON"):

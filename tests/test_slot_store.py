@@ -281,6 +281,17 @@ class TestPools:
         assert names(tmp_path / "disk") == []
         assert names(tmp_path / "pools") == []
 
+    async def test_a_link_to_something_else_is_deleted_and_what_it_leads_to_is_not(
+        self, store: SlotStore, tmp_path: Path
+    ) -> None:
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "file").write_bytes(b"mine")
+        (tmp_path / "pools").mkdir()
+        (tmp_path / "pools" / "web").symlink_to(tmp_path / "home")
+        await store.delete_pool("web")
+        assert names(tmp_path / "pools") == []
+        assert names(tmp_path / "home") == ["file"]
+
 
 class TestSlots:
     async def test_come_back_as_they_were_saved(self, store: SlotStore) -> None:
