@@ -35,9 +35,12 @@ class Janitor:
         self._store = store
         self._interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
+        self._taken_over: list[str] = []
 
-    def start(self) -> None:
-        """Begin to sweep in the background."""
+    async def start(self) -> None:
+        """Take over what dead owners left, and go on sweeping in the background."""
+        for pool in self._pools():
+            self._taken_over += await pool.keeper.recover()
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
 
@@ -46,8 +49,11 @@ class Janitor:
         await self._tasks.cancel()
 
     async def sweep(self) -> list[str]:
-        """Take over what dead owners left, empty the trash, and return the ids of the slots being recovered."""
-        recovered: list[str] = []
+        """Take over what dead owners left, empty the trash, and return the ids of the slots being recovered.
+
+        What was taken over in the background since the last call is among them.
+        """
+        recovered, self._taken_over = self._taken_over, []
         for pool in self._pools():
             recovered += await pool.keeper.recover()
             await self._empty_trash(pool)
@@ -64,7 +70,7 @@ class Janitor:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                await self.sweep()
+                self._taken_over = await self.sweep()
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
             await asyncio.sleep(self._interval_seconds)

@@ -137,13 +137,14 @@ class PoolManager:
         try:
             await self._check_platform()
             await self._adopt_stored_pools()
+            await self._janitor.start()
         except BaseException:
+            await shielded(self._end_pools(list(self._pools.values()), Deadline.after(0)), name="close-now")
             self._state = "closed"
             raise
         self._state = "open"
         for name in self.config.pools:
             self._starting[name] = self._tasks.spawn(self._bring_up(name), name=f"start-{name}")
-        self._janitor.start()
 
     async def close(self, timeout: float | Unset | None = Unset.TIMEOUT) -> None:
         """End everything; a second call does nothing.
