@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -57,8 +57,11 @@ from repopool_async.workspaces.clone import CloneWorkspace
 
 _log: Final = logging.getLogger("repopool")
 
-_FILES_PER_SLOT: Final = 4
-_FILES_RESERVED: Final = 256
+_FILES_RESERVED: Final = 128
+"""Open files of a process beside one lock for every slot."""
+
+_LESSEE_PROCESSES: Final = 1_000_000
+"""How many commands lessees run at once is their business."""
 
 
 class PoolManager:
@@ -89,6 +92,7 @@ class PoolManager:
         self._bus = EventBus()
         directory = str(self.config.workspaces_dir)
         self._host = LocalHost(max_processes=self.config.max_git_processes)
+        self._lessee_host = LocalHost(max_processes=_LESSEE_PROCESSES)
         self._store = SlotStore(directory, on_event=self._bus.emit)
         self._locks = LockManager(self._store.locks_directory)
         self._coordinator = FileCoordinator(self._store, self._locks, on_event=self._bus.emit)
@@ -281,6 +285,7 @@ class PoolManager:
 
     async def _create(self, repo_name: str, repo_url: str, options: PoolOptions) -> RepoPool:
         name = validate_repo_name(repo_name)
+        _refuse_too_many_slots(name, options.num_slots)
         url, credentials = split_credentials(validate_url(repo_url, self.config.allow_protocols))
         async with self._locks.acquire_slot_lock(f"pool-{name}", timeout=None):
             stored = await self._stored(name)
@@ -313,7 +318,8 @@ class PoolManager:
     async def _unmake(self, pool: RepoPool) -> None:
         self._pools.pop(pool.name, None)
         await pool.close(Deadline.after(0))
-        await self._store.delete_pool(pool.name)
+        with suppress(PoolNotFoundError):  # interrupted before anything was made
+            await self._store.delete_pool(pool.name)
 
     async def _stored(self, name: str) -> Pool | None:
         try:
@@ -342,7 +348,6 @@ class PoolManager:
             repo_name=name,
             remotes=options.remotes,
         )
-        lessee_git = GitOperations(self._host)
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
             workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror),
@@ -357,7 +362,8 @@ class PoolManager:
             allocator=self._allocator,
             mirror=mirror,
             cleaner=cleaner,
-            lessee_git=lessee_git,
+            lessee_host=self._lessee_host,
+            lessee_git=GitOperations(self._lessee_host),
             emit=self._bus.emit,
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
         )
@@ -629,3 +635,14 @@ def _raise_open_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _refuse_too_many_slots(repo_name: str, num_slots: int) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = num_slots + _FILES_RESERVED
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise PlatformNotSupportedError(
+            f"{repo_name}: {num_slots} slots need {needed} open files, this process may have {limit}; raise the hard "
+            f"limit (ulimit -Hn) or make fewer slots",
+            repo_name=repo_name,
+        )

@@ -364,7 +364,7 @@ class RepoPool:
         async def renew(ttl: float | None) -> Lease:
             return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        leased = LeasedSlot(grant.slot, grant.lease, host=self._parts.host, git=self._parts.lessee_git, renew=renew)
+        leased = LeasedSlot(grant.slot, grant.lease, host=self._parts.lessee_host, git=self._parts.lessee_git, renew=renew)
         opened = _Open(grant, leased, boottime())
         self._open[grant.lease.lease_id] = opened
         return opened

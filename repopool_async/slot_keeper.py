@@ -39,6 +39,7 @@ class Components:
     """What a pool works with; made by the manager, shared where it can be.
 
     Attributes:
+        lessee_host: where lessees' commands run; they must not use up what bounds the pool's own git.
         lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
         cleaning: bounds how many slots are cleaned or made at once.
     """
@@ -49,6 +50,7 @@ class Components:
     allocator: SlotAllocator
     mirror: Mirror
     cleaner: SlotCleaner
+    lessee_host: Host
     lessee_git: GitOperations
     emit: Callable[[str, Mapping[str, Any]], None]
     cleaning: asyncio.Semaphore
@@ -222,8 +224,11 @@ class SlotKeeper:
         return made
 
     async def _unmake(self, hold: Hold, slot: Slot) -> None:
+        try:
+            await self._parts.coordinator.delete(hold)
+        except LeaseLostError:
+            return  # finished in the instant in which the maker was cancelled: the slot exists and is good
         await self._parts.cleaner.discard(slot)
-        await self._parts.coordinator.delete(hold)
 
     async def remove_slot(self, slot_id: str) -> None:
         """Delete an unleased slot, directory and all (7.3 to 7.5).

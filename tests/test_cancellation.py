@@ -1,0 +1,267 @@
+"""Cancel anywhere, once or twice: every public coroutine is run once to count its suspensions, then once for each.
+
+After every cancellation no slot is lost, no lock held, no git alive, no task pending, and the next lease works.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repopool_async import PoolConfig, PoolManager, SlotNotFoundError, SlotState
+from repopool_async._identity import process_start_time
+from repopool_async._process import run_process
+
+pytestmark = pytest.mark.timeout(300)
+
+Operation = Callable[[], Coroutine[Any, Any, object]]
+
+
+class Stepper:
+    """Runs a coroutine in the present task and cancels that task at chosen suspensions, counted from 1."""
+
+    def __init__(self, cancel_at: tuple[int, ...] = ()) -> None:
+        self.count = 0
+        self._cancel_at = cancel_at
+
+    @types.coroutine
+    def run(self, coroutine: Coroutine[Any, Any, object]) -> Generator[Any, Any, object]:
+        error: BaseException | None = None
+        while True:
+            try:
+                waiting_for = coroutine.send(None) if error is None else coroutine.throw(error)
+            except StopIteration as done:
+                return done.value
+            error = None
+            self.count += 1
+            if self.count in self._cancel_at:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+            try:
+                yield waiting_for
+            except BaseException as thrown:  # noqa: BLE001 - handed on to the coroutine
+                error = thrown
+
+
+async def count_suspensions(operation: Operation) -> int:
+    stepper = Stepper()
+    await stepper.run(operation())
+    return stepper.count
+
+
+async def run_cancelled(operation: Operation, cancel_at: tuple[int, ...]) -> bool:
+    """Return whether the operation was cancelled (it may also have finished just before)."""
+
+    async def body() -> None:
+        await Stepper(cancel_at).run(operation())
+
+    task = asyncio.get_running_loop().create_task(body())
+    await asyncio.wait([task], timeout=60)
+    assert task.done(), f"hangs when cancelled at {cancel_at}"
+    if task.cancelled():
+        return True
+    task.result()
+    return False
+
+
+async def for_each_suspension(operation: Operation, settle: Callable[[], Awaitable[None]]) -> int:
+    """Cancel at every suspension once, and at every one together with the following; return how many there were."""
+    count = await count_suspensions(operation)
+    await settle()
+    cancelled = 0
+    for at in range(1, count + 1):
+        for cancel_at in ((at,), (at, at + 1)):
+            cancelled += await run_cancelled(operation, cancel_at)
+            await settle()
+    assert cancelled > 0
+    return count
+
+
+def open_descriptors() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {path for path in found if path.endswith(".lock")}
+
+
+def children() -> list[int]:
+    listing = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in listing if process_start_time(int(pid)) is not None]
+
+
+@pytest.fixture
+async def manager(tmp_path: Path, origin: Path) -> AsyncIterator[PoolManager]:
+    async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600)) as manager:
+        await manager.create_pool("app", str(origin), num_slots=2)
+        yield manager
+
+
+def settling(manager: PoolManager, *, slots: int | None = 2) -> Callable[[], Awaitable[None]]:
+    async def settle() -> None:
+        await manager.recover()
+        await manager.wait_clean()
+        pool = await manager.get_pool("app")
+        summary = await pool.summary()
+        assert summary.available == summary.total_slots, summary
+        assert slots is None or summary.total_slots == slots
+        assert pool.stats() | {"fetches": 0} == {"leased": 0, "returning": 0, "waiting": 0, "fetches": 0}
+        assert open_descriptors() == set()
+        async with pool.lease(timeout=20) as slot:
+            assert slot.branch == "main"
+        await manager.wait_clean()
+        assert children() == []
+
+    return settle
+
+
+@pytest.mark.parametrize("ref", ["main", "feature/x"])
+async def test_lease(manager: PoolManager, ref: str) -> None:
+    async def lease() -> None:
+        async with manager.lease("app", ref=ref, timeout=60) as slot:
+            (slot.path / "dirt").write_text("")
+            await asyncio.sleep(0)
+
+    assert await for_each_suspension(lease, settling(manager)) >= 5
+
+
+async def test_inline_cleaning(manager: PoolManager, origin: Path) -> None:
+    await manager.create_pool("app", str(origin), num_slots=2, cleanup="inline", fetch_on_allocate=False)
+
+    async def lease() -> None:
+        async with manager.lease("app", ref="v1.0", timeout=60) as slot:
+            (slot.path / "dirt").write_text("")
+
+    await for_each_suspension(lease, settling(manager))
+
+
+async def test_allocate_and_release(manager: PoolManager, origin: Path) -> None:
+    await manager.create_pool("app", str(origin), num_slots=2, fetch_on_allocate=False)
+    held: list[Any] = []
+
+    async def pair() -> None:
+        slot = await manager.allocate_slot("app", timeout=60)
+        held.append(slot)  # whoever allocates by hand gives back by hand, also when cancelled afterwards
+        assert slot is not None
+        await manager.release_slot(slot)
+
+    settle = settling(manager)
+
+    async def give_back_and_settle() -> None:
+        for slot in held:
+            await manager.release_slot(slot)
+        held.clear()
+        await settle()
+
+    await for_each_suspension(pair, give_back_and_settle)
+
+
+async def test_waiting_in_the_queue(manager: PoolManager, origin: Path) -> None:
+    pool = await manager.create_pool("app", str(origin), num_slots=2, fetch_on_allocate=False)
+
+    async def wait_for_a_slot() -> None:
+        async with pool.lease(), pool.lease():
+            with contextlib.suppress(TimeoutError):
+                async with pool.lease(timeout=0.05):
+                    pass
+
+    await for_each_suspension(wait_for_a_slot, settling(manager))
+
+
+async def test_add_and_remove_slot(manager: PoolManager) -> None:
+    async def grow_and_shrink() -> None:
+        slot = await manager.add_slot("app")
+        await manager.remove_slot(slot.slot_id)
+
+    settle = settling(manager, slots=None)
+
+    async def shrink_and_settle() -> None:
+        await settle()
+        for number in range(3, 400):
+            try:
+                status = await manager.get_slot_status(f"workspace-app-slot{number}")
+            except SlotNotFoundError:
+                continue
+            assert status.state is SlotState.AVAILABLE
+            await manager.remove_slot(status.slot_id)
+
+    await for_each_suspension(grow_and_shrink, shrink_and_settle)
+
+
+async def test_create_pool(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
+    async def create() -> None:
+        await manager.create_pool("other", str(origin), num_slots=1)
+
+    settle = settling(manager)
+
+    async def delete_and_settle() -> None:
+        if "other" in await manager.list_pools():
+            assert await manager.available_count("other") == 1
+            await manager.delete_pool("other")
+        assert not (tmp_path / "pools/other").exists()
+        await settle()
+
+    await for_each_suspension(create, delete_and_settle)
+
+
+async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) -> None:
+    pool = await manager.get_pool("app")
+    mirror = pool._parts.mirror
+    finished: list[int] = []
+
+    async def one(number: int) -> None:
+        await mirror.fetch()
+        finished.append(number)
+
+    for cancelled in ({0}, {1, 2}, {0, 1, 2}):
+        for turns in (0, 1, 3, 20):
+            finished.clear()
+            tasks = [asyncio.get_running_loop().create_task(one(number)) for number in range(3)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for number in cancelled:
+                tasks[number].cancel()
+            await asyncio.wait(tasks, timeout=60)
+            assert sorted(finished) == sorted({0, 1, 2} - cancelled)
+            await settling(manager)()
+
+
+async def test_close(tmp_path: Path, origin: Path) -> None:
+    template = tmp_path / "template"
+    async with PoolManager(PoolConfig(workspaces_dir=template)) as manager:
+        await manager.create_pool("app", str(origin), num_slots=1)
+    at = 0
+    while True:
+        at += 1
+        manager = PoolManager(PoolConfig(workspaces_dir=template, janitor_interval=3600))
+        await manager.open()
+        async with manager.lease("app") as slot:
+            (slot.path / "dirt").write_text("")
+        was_cancelled = await run_cancelled(lambda manager=manager: manager.close(30), (at,))  # type: ignore[misc]
+        assert manager.closed
+        assert open_descriptors() == set()
+        assert children() == []
+        if not was_cancelled:
+            break
+    assert at > 1
+    async with PoolManager(PoolConfig(workspaces_dir=template)) as manager:
+        await manager.recover()
+        assert await manager.available_count("app") == 1
+    shutil.rmtree(template)
+
+
+async def test_a_command_in_a_slot(manager: PoolManager) -> None:
+    async def run() -> None:
+        async with manager.lease("app", timeout=60) as slot:
+            await slot.run("git", "status")
+
+    await for_each_suspension(run, settling(manager))
+    done = await run_process(["true"], env={})
+    assert done.exit_code == 0
