@@ -19,6 +19,7 @@ _log: Final = logging.getLogger("repopool")
 
 _WARNINGS: Final = (
     "slot.quarantined",
+    "lease.long",
     "slot.cleanup_failed",
     "slot.bystanders",
     "lease.lost",

@@ -29,6 +29,7 @@ class GitDirectory:
         commit: what HEAD is. branch: the local branch checked out, None for a detached HEAD.
         is_tracking: whether the branch follows `origin/<branch>`.
         default_branch: what `origin/HEAD` points to, None where the remote has no such thing.
+        default_commit: the commit of that branch.
         url: of `origin`. remotes: further remotes, name to URL.
         packed_refs: path of the file to copy as `packed-refs`.
         alternates: the object directory to borrow from.
@@ -40,6 +41,7 @@ class GitDirectory:
     branch: str | None
     is_tracking: bool
     default_branch: str | None
+    default_commit: str | None
     url: str
     remotes: Mapping[str, str]
     packed_refs: str
@@ -60,14 +62,14 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
         "objects/info/alternates": f"{shows.alternates}\n",
     }
-    log_line = _log_line(shows)
+    log_line = _log_line(shows, shows.commit)
     files["logs/HEAD"] = log_line
     if shows.branch:
         files[f"refs/heads/{shows.branch}"] = f"{shows.commit}\n"
         files[f"logs/refs/heads/{shows.branch}"] = log_line
     if shows.default_branch:
         files["refs/remotes/origin/HEAD"] = f"ref: refs/remotes/origin/{shows.default_branch}\n"
-        files["logs/refs/remotes/origin/HEAD"] = log_line
+        files["logs/refs/remotes/origin/HEAD"] = _log_line(shows, shows.default_commit or shows.commit)
     parents = {name.rpartition("/")[0] for name in files} - {""}
     return [
         *steps,
@@ -129,7 +131,7 @@ def _quoted(value: str) -> str:
     return value if plain else f'"{_escaped(value)}"'
 
 
-def _log_line(shows: GitDirectory) -> str:
+def _log_line(shows: GitDirectory, commit: str) -> str:
     seconds = int(shows.at.timestamp())
-    nothing = _ZERO * len(shows.commit)
-    return f"{nothing} {shows.commit} {_IDENTITY} {seconds} +0000\tclone: from {shows.url}\n"
+    nothing = _ZERO * len(commit)
+    return f"{nothing} {commit} {_IDENTITY} {seconds} +0000\tclone: from {shows.url}\n"

@@ -6,12 +6,14 @@ an event. It decides nothing about a single slot; pools and coordinators do.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 from repopool_async._aio import TaskSet
+from repopool_async._clock import now
 from repopool_async.exceptions import PoolManagerError
 from repopool_async.hosts.base import Host
+from repopool_async.models import SlotState
 from repopool_async.repo_pool import RepoPool
 from repopool_async.slot_store import SlotStore
 
@@ -28,14 +30,23 @@ class Janitor:
     """
 
     def __init__(
-        self, pools: Callable[[], Iterable[RepoPool]], *, host: Host, store: SlotStore, interval_seconds: float
+        self,
+        pools: Callable[[], Iterable[RepoPool]],
+        *,
+        host: Host,
+        store: SlotStore,
+        emit: Callable[[str, Mapping[str, Any]], None],
+        interval_seconds: float,
     ) -> None:
         self._pools = pools
         self._host = host
         self._store = store
+        self._emit = emit
         self._interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
         self._taken_over: list[str] = []
+        self._warned: set[str] = set()
+        self._has_trash = asyncio.Event()
 
     async def start(self) -> None:
         """Take over what dead owners left, and go on sweeping in the background."""
@@ -43,6 +54,11 @@ class Janitor:
             self._taken_over += await pool.keeper.recover()
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
+        self._tasks.spawn(self._empty_trash_for_ever(), name="empty-trash")
+
+    def note_trash(self) -> None:
+        """Have the trash emptied soon."""
+        self._has_trash.set()
 
     async def stop(self) -> None:
         """End the background work; a sweep under way is interrupted where it may be."""
@@ -56,8 +72,25 @@ class Janitor:
         recovered, self._taken_over = self._taken_over, []
         for pool in self._pools():
             recovered += await pool.keeper.recover()
-            await self._empty_trash(pool)
+            await self._warn_of_long_leases(pool)
+        self.note_trash()
         return recovered
+
+    async def empty_trash(self) -> None:
+        """Delete what cleanings moved aside; another process doing the same is no matter."""
+        for pool in self._pools():
+            await self._empty_trash(pool)
+
+    async def _warn_of_long_leases(self, pool: RepoPool) -> None:
+        """Tell once of every lease that is older than the pool's `stale_lock_hours` (9.3)."""
+        for slot in await pool.list_slots():
+            lease = slot.lease
+            if slot.state is not SlotState.ALLOCATED or lease is None or lease.lease_id in self._warned:
+                continue
+            hours = (now() - lease.acquired_at).total_seconds() / 3600
+            if hours >= pool.options.stale_lock_hours:
+                self._warned.add(lease.lease_id)
+                self._emit("lease.long", {"slot_id": slot.slot_id, "lease_id": lease.lease_id, "hours": hours})
 
     async def _empty_trash(self, pool: RepoPool) -> None:
         trash = str(self._store.trash_path(pool.name))
@@ -74,6 +107,12 @@ class Janitor:
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
             await asyncio.sleep(self._interval_seconds)
+
+    async def _empty_trash_for_ever(self) -> None:
+        while True:
+            await self._has_trash.wait()
+            self._has_trash.clear()
+            await self.empty_trash()
 
     async def _watch_leases_for_ever(self) -> None:
         while True:

@@ -98,12 +98,14 @@ class PoolManager:
         self._coordinator = FileCoordinator(self._store, self._locks, on_event=self._bus.emit)
         self._allocator = SlotAllocator(self._store)
         self._pools: dict[str, RepoPool] = {}
+        self._environments: dict[str, dict[str, str]] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskSet("manager", on_error=lambda _name, _error: None)
         self._janitor = Janitor(
             lambda: list(self._pools.values()),
             host=self._host,
             store=self._store,
+            emit=self._bus.emit,
             interval_seconds=self.config.janitor_interval,
         )
         self._state = "new"
@@ -187,6 +189,9 @@ class PoolManager:
             await pool.close(deadline)
 
         await together(*[lambda pool=pool: end(pool) for pool in pools])
+        with suppress(TimeoutError):
+            async with deadline.limit():
+                await self._janitor.empty_trash()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -301,6 +306,7 @@ class PoolManager:
                 pool = self._register(record, options, credentials)
             else:
                 pool.reconfigure(record, options)
+                self._offer(name, credentials)
             await self._fill(pool, record, is_new=stored is None)
         self._bus.emit("pool.ready", {"repo_name": name})
         return pool
@@ -330,11 +336,11 @@ class PoolManager:
     def _register(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
         """Assemble a pool's components."""
         name = record.repo_name
+        environment = self._environments.setdefault(name, {})
+        environment.update(self._environment(credentials))
         runner = GitRunner(
             self._host,
-            environment=base_environment(
-                allow_protocols=self.config.allow_protocols, credentials=credentials, git_config=self._git_config
-            ),
+            environment=environment,
             timeout=options.git_timeout,
             idle_timeout=options.git_idle_timeout,
             attempts=options.fetch_attempts,
@@ -359,16 +365,28 @@ class PoolManager:
             host=self._host,
             store=self._store,
             coordinator=self._coordinator,
-            allocator=self._allocator,
+            # Without metrics a pool counts into an allocator that nobody asks.
+            allocator=self._allocator if options.enable_metrics else SlotAllocator(self._store),
             mirror=mirror,
             cleaner=cleaner,
             lessee_host=self._lessee_host,
             lessee_git=GitOperations(self._lessee_host),
-            emit=self._bus.emit,
+            emit=self._emit,
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
         )
         pool = self._pools[name] = RepoPool(record, options, parts)
         return pool
+
+    def _environment(self, credentials: Credentials | None) -> dict[str, str]:
+        return base_environment(
+            allow_protocols=self.config.allow_protocols, credentials=credentials, git_config=self._git_config
+        )
+
+    def _offer(self, name: str, credentials: Credentials | None) -> None:
+        """Give a pool that is open already (adopted from disk, where none are stored) the credentials of a new URL."""
+        if credentials is not None:
+            self._environments[name].clear()
+            self._environments[name].update(self._environment(credentials))
 
     async def get_pool(self, name: str) -> RepoPool:
         """Return a pool by name; one of the configuration file that is still coming up is waited for.
@@ -571,6 +589,10 @@ class PoolManager:
         """Return how many slots of a pool are AVAILABLE (5.4)."""
         return (await (await self.get_pool(repo_name)).summary()).available
 
+    async def list_slots(self, repo_name: str) -> list[Slot]:
+        """Return the records of a pool's slots, by number (1.5)."""
+        return await (await self.get_pool(repo_name)).list_slots()
+
     async def get_allocation_history(self, slot_id: str, *, limit: int | None = None) -> list[AllocationRecord]:
         """Return who had a slot (2.5), newest last."""
         await self._pool_of(slot_id)
@@ -610,6 +632,11 @@ class PoolManager:
     def _require_open(self) -> None:
         if self._state not in ("open", "opening"):
             raise ManagerClosedError(f"the PoolManager is {self._state}; use it inside `async with PoolManager(...)`")
+
+    def _emit(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._bus.emit(kind, fields)
+        if kind == "slot.available":
+            self._janitor.note_trash()
 
     async def _named(self, name: str | None) -> list[RepoPool]:
         names = [name] if name is not None else await self.list_pools()

@@ -176,7 +176,10 @@ class RepoPool:
             slot = await self._parts.coordinator.begin_return(opened.grant)
             self._parts.allocator.record_release(self.name, boottime() - opened.started)
             self._parts.emit("slot.released", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
-            self.keeper.clean_later(opened.grant, slot)
+            if self.options.clean_on_release:
+                self.keeper.clean_later(opened.grant, slot)
+            else:
+                self.keeper.clean_when_wanted(opened.grant, slot)
             self._changed.set()
         task = self.keeper.returning.get(leased.slot_id)
         if inline and task is not None:
@@ -287,7 +290,9 @@ class RepoPool:
             grant = await self._claim(attempt, resolved)
             if grant is not None:
                 return grant
-            if self.options.max_waiting == 0:
+            if self.keeper.clean_wanted():
+                attempt.waits_for_cleaning = True  # even one try: the slot is free, it only was not cleaned yet
+            elif self.options.max_waiting == 0:
                 self._too_many()
             return await self._claim_when_free(attempt, resolved)
 
@@ -364,7 +369,8 @@ class RepoPool:
         async def renew(ttl: float | None) -> Lease:
             return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        leased = LeasedSlot(grant.slot, grant.lease, host=self._parts.lessee_host, git=self._parts.lessee_git, renew=renew)
+        parts = self._parts
+        leased = LeasedSlot(grant.slot, grant.lease, host=parts.lessee_host, git=parts.lessee_git, renew=renew)
         opened = _Open(grant, leased, boottime())
         self._open[grant.lease.lease_id] = opened
         return opened
@@ -424,6 +430,10 @@ class RepoPool:
         self.record = record
         self.options = options
         self.keeper.options = options
+
+    async def list_slots(self) -> list[Slot]:
+        """Return the records of the pool's slots, by number (1.5)."""
+        return await self._parts.coordinator.list_slots(self.name)
 
     async def summary(self) -> PoolSummary:
         """Return the pool at a glance (5.5)."""

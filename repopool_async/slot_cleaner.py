@@ -13,6 +13,7 @@ from typing import Final
 import attrs
 
 from repopool_async._clock import boottime, now
+from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
     GitAccessError,
@@ -175,6 +176,7 @@ class SlotCleaner:
 
     async def _climb(self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung) -> CleanupResult:
         rung = first
+        log.rung = None if first is Rung.CLEAN else first
         while True:
             try:
                 return await self._try_rung(log, slot, checkout, rung)
@@ -203,7 +205,8 @@ class SlotCleaner:
         if slot.lease is None:
             return Rung.CLEAN
         mark = f"{LEASE_MARK}={slot.lease.lease_id}"
-        ended = await self._host.end_processes(mark=mark, tree=slot.path)
+        since = slot.lease.acquired_boottime if slot.lease.owner.boot_id == boot_id() else None
+        ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since)
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:

@@ -74,6 +74,7 @@ class SlotKeeper:
         self._on_change = on_change
         self._returning: dict[str, asyncio.Task[None]] = {}
         self._holds: dict[str, Hold] = {}
+        self._unclean: list[tuple[Hold, Slot]] = []
         self._tasks = TaskSet(f"pool-{repo_name}", on_error=self._task_failed)
 
     @property
@@ -92,6 +93,7 @@ class SlotKeeper:
         for slot_id, hold in list(self._holds.items()):  # of tasks cancelled before their first step
             await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
         self._holds.clear()
+        self._unclean.clear()
         self._returning.clear()
 
     # -- the way back to AVAILABLE -------------------------------------------------------------------------------
@@ -99,6 +101,18 @@ class SlotKeeper:
     def clean_later(self, hold: Hold, slot: Slot) -> None:
         """Clean a held slot in the background and make it AVAILABLE (or quarantine it)."""
         self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.cleanup_after_release(slot, checkout))
+
+    def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
+        """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
+        self._holds[slot.slot_id] = hold
+        self._unclean.append((hold, slot))
+
+    def clean_wanted(self) -> bool:
+        """Begin to clean what was kept back; return whether there was any."""
+        kept_back, self._unclean = self._unclean, []
+        for hold, slot in kept_back:
+            self.clean_later(hold, slot)
+        return bool(kept_back)
 
     def _settle_later(self, hold: Hold, slot: Slot, work: _Work) -> None:
         self._holds[slot.slot_id] = hold

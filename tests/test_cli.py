@@ -21,6 +21,7 @@ from repopool_async.cli._run import is_url, normalised_url, pool_name
 from repopool_async.config import validate_repo_name
 
 PROGRAM = (sys.executable, "-m", "repopool_async.cli")
+README = (Path(__file__).parents[1] / "README.md").read_text()
 SECONDS = 60
 Finished = subprocess.CompletedProcess[str]
 MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
@@ -286,7 +287,7 @@ def test_verbose_tells_on_standard_error_only(repopool: Shell, origin: Path) -> 
 def test_a_signal_ends_the_command_and_gives_the_slot_back_clean(
     repopool: Shell, origin: Path, number: signal.Signals
 ) -> None:
-    holder = repopool.start("run", origin, "--", "sh", "-c", "touch left-behind; echo $$; sleep 600")
+    holder = repopool.start("run", origin, "--", "sh", "-c", "touch left-behind; echo $$; exec sleep 600")
     pid = read_line(holder)
 
     holder.send_signal(number)
@@ -347,6 +348,9 @@ def test_status_as_json_has_pools_slots_holders_and_counters(repopool: Shell, or
     status = repopool.status()
 
     (pool,) = status["pools"]
+    documented = README.partition("`status --json` prints")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", documented))
+    assert named == {*status, *pool, *pool["slots"][0], *next(s["lease"] for s in pool["slots"] if s["lease"])}
     assert (status["version"], status["workspaces_dir"]) == (1, str(repopool.workspaces))
     assert (pool["repo_name"], pool["repo_url"]) == (pool_name(str(origin)), str(origin))
     assert [pool[key] for key in ("total_slots", "available", "allocated", "cleaning", "error")] == [2, 1, 1, 0, 0]

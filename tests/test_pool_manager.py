@@ -704,3 +704,49 @@ async def test_every_error_names_the_pool_or_slot_and_hides_credentials(manager:
         await manager.create_pool("web", "https://user:s3cret@127.0.0.1:1/repo.git", fetch_attempts=1)
     assert "s3cret" not in str(caught.value)
     assert "web" in str(caught.value)
+
+
+async def test_cleaning_can_be_left_until_a_slot_is_wanted(manager: PoolManager, origin: Path) -> None:
+    pool = await manager.create_pool("web", str(origin), clean_on_release=False)
+    async with pool.lease() as slot:
+        (slot.path / "dirt").write_text("")
+        dirt = slot.path / "dirt"
+    assert dirt.exists()
+    assert (await manager.get_slot_status(slot.slot_id)).state is SlotState.CLEANING
+    async with pool.lease(timeout=0) as slot:
+        assert not dirt.exists()
+    await manager.close()
+    async with PoolManager(manager.config) as second, second.lease("web", timeout=30) as slot:
+        assert slot.branch == "main"
+
+
+async def test_slots_are_listed_by_number(manager: PoolManager, origin: Path) -> None:
+    await manager.create_pool("web", str(origin), num_slots=3)
+    assert [slot.number for slot in await manager.list_slots("web")] == [1, 2, 3]
+
+
+async def test_trash_is_emptied_without_being_asked(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
+    pool = await manager.create_pool("web", str(origin), cleanup="inline")
+    for _ in range(3):
+        async with pool.lease() as slot:
+            (slot.path / "dirt").mkdir()
+    await manager.close()
+    assert os.listdir(tmp_path / "pools/web/trash") == []
+
+
+async def test_a_lease_held_for_very_long_is_told_once(manager: PoolManager, origin: Path) -> None:
+    pool = await manager.create_pool("web", str(origin), stale_lock_hours=0.000001)
+    told: list[str] = []
+
+    async def listen() -> None:
+        async for event in manager.events():
+            told.append(event.kind)
+
+    listener = asyncio.create_task(listen())
+    async with pool.lease():
+        await asyncio.sleep(0.02)
+        await manager.recover()
+        await manager.recover()
+    await manager.close()
+    await listener
+    assert told.count("lease.long") == 1

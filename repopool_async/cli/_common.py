@@ -1,6 +1,7 @@
-"""What several verbs need: the configuration that the arguments mean, and a manager over it."""
+"""What several verbs need: the configuration that the arguments mean, and words for a lease's metadata."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 
 import attrs
 
@@ -25,3 +26,19 @@ def only(config: PoolConfig, repo_name: str | None) -> PoolConfig:
     """Return the configuration with at most one of its pools, so that a one-shot process makes no others."""
     pools = {name: spec for name, spec in config.pools.items() if name == repo_name}
     return attrs.evolve(config, pools=pools)
+
+
+def in_words(metadata: Mapping[str, object]) -> str:
+    """Return metadata as `key=value` for people, on one line."""
+    return " ".join(f"{on_one_line(key)}={_quoted(value)}" for key, value in metadata.items())
+
+
+def on_one_line(text: str) -> str:
+    """Return text without line breaks and without what could steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _quoted(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return repr(" ".join(value))
+    return repr(value)

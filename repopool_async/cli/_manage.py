@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Final
 
-from repopool_async.cli._common import configuration, only
+from repopool_async.cli._common import configuration, in_words, on_one_line, only
 from repopool_async.cli._signals import Handler, Interruption
 from repopool_async.models import AllocationRecord, CleanupResult
 from repopool_async.pool_manager import PoolManager
@@ -77,7 +77,7 @@ def _history_line(record: AllocationRecord) -> str:
         f"lease {record.lease_id[:8]} by pid {record.owner.pid} on {record.owner.host}",
         *_seconds("waited", record.wait_seconds),
         *_seconds("held", record.held_seconds),
-        *([str(dict(record.metadata))] if record.metadata else []),
+        *([in_words(record.metadata)] if record.metadata else []),
     ]
     return ", ".join(parts)
 
@@ -88,7 +88,7 @@ def _seconds(word: str, seconds: float | None) -> list[str]:
 
 def _cleanup_line(result: CleanupResult) -> str:
     if not result.success:
-        return f"{result.operation:<10} FAILED after {result.duration_seconds:.3f} s: {result.error}"
+        return f"{result.operation:<10} FAILED after {result.duration_seconds:.3f} s: {on_one_line(result.error or '')}"
     parts = [
         f"{result.operation:<10} {(result.commit or '-')[:12]}",
         f"{result.duration_seconds:.3f} s",

@@ -16,7 +16,7 @@ import attrs
 
 from repopool_async._clock import boottime
 from repopool_async._identity import boot_id, host_name
-from repopool_async.cli._common import configuration
+from repopool_async.cli._common import configuration, in_words, on_one_line
 from repopool_async.cli._signals import Handler, Interruption
 from repopool_async.exceptions import PoolNotFoundError
 from repopool_async.lock_manager import LockManager
@@ -183,19 +183,13 @@ def _row(view: _SlotView) -> tuple[str, ...]:
         branch or "-",
         str(slot.allocation_count),
         f"{slot.total_allocated_seconds:.1f}",
-        _holder(view.lease) if view.lease is not None else slot.error or "-",
+        _holder(view.lease) if view.lease is not None else on_one_line(slot.error or "-"),
     )
 
 
 def _holder(lease: Lease) -> str:
     words = f"pid {lease.owner.pid} on {lease.owner.host} since {_local(lease.acquired_at)}"
-    told = " ".join(f"{key}={_told(value)}" for key, value in lease.metadata.items())
-    return f"{words} {told}".rstrip()
-
-
-def _told(value: object) -> str:
-    is_words = isinstance(value, list) and all(isinstance(word, str) for word in value)
-    return repr(" ".join(value)) if isinstance(value, list) and is_words else repr(value)
+    return f"{words} {in_words(lease.metadata)}".rstrip()
 
 
 def _local(moment: datetime) -> str:

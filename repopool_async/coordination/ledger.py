@@ -13,7 +13,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import attrs
@@ -321,7 +321,16 @@ class Ledger:
     @contextmanager
     def _own_record(self, hold: Hold) -> Iterator[Slot]:
         """As `_record`, once it is certain that the hold stands."""
-        with self._record(hold.slot.slot_id) as stored:
+        with ExitStack() as stack:
+            try:
+                stored = stack.enter_context(self._record(hold.slot.slot_id))
+            except SlotNotFoundError as error:
+                hold.lock.release_sync()
+                raise LeaseLostError(
+                    f"{hold.slot.slot_id}: the lease was taken away and the slot deleted; take a new lease",
+                    repo_name=hold.slot.repo_name,
+                    slot_id=hold.slot.slot_id,
+                ) from error
             if stored.token != hold.token or not self._is_still_held(hold, stored):
                 hold.lock.release_sync()
                 raise _lost(stored, hold.token)

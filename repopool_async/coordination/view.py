@@ -20,6 +20,7 @@ FRESH_SECONDS: Final = 0.05
 """How long a view is used before the files are looked at again, unless nothing in it could be claimed."""
 
 _RACY_NS: Final = 20_000_000
+_TRUST_SECONDS: Final = 5.0
 _SLOT_NAME: Final = re.compile(r"slot([1-9][0-9]{0,17})")
 
 _Stamp = tuple[int, int, int]
@@ -29,13 +30,17 @@ _Stamp = tuple[int, int, int]
 class _Seen:
     slot: Slot
     stamp: _Stamp | None
+    until: float = attrs.field(factory=lambda: time.monotonic() + _TRUST_SECONDS)
+
+    def is_still(self, stamp: _Stamp | None) -> bool:
+        return stamp is not None and self.stamp == stamp and time.monotonic() < self.until
 
 
 class PoolView:
     """The slots of one pool as last seen; may be used from several threads.
 
     A record is read again only where its file changed (modification time, inode, size). A file that was younger than
-    the file system's clock can tell apart when it was read counts as changed.
+    the file system's clock can tell apart when it was read counts as changed, and so does what was read long ago.
     """
 
     def __init__(self, store: SlotStore, repo_name: str) -> None:
@@ -74,7 +79,7 @@ class PoolView:
 
     def put(self, slot: Slot) -> None:
         """Note a record that was just read or written; call it under the record lock."""
-        self._seen[slot.slot_id] = _Seen(slot, _stamp(self._path(slot.number)))
+        self._seen[slot.slot_id] = _Seen(slot, _settled(_stamp(self._path(slot.number))))
 
     def forget(self, slot_id: str) -> None:
         """Note that a slot is gone."""
@@ -83,14 +88,14 @@ class PoolView:
     def _look(self, slot_id: str, path: str) -> None:
         stamp = _stamp(path)
         seen = self._seen.get(slot_id)
-        if seen is not None and stamp is not None and seen.stamp == stamp:
+        if seen is not None and seen.is_still(stamp):
             return
         try:
             slot = self._store.read_slot_sync(slot_id)
         except SlotNotFoundError:
             self._seen.pop(slot_id, None)
         else:
-            self._seen[slot_id] = _Seen(slot, None if _is_racy(stamp) else stamp)
+            self._seen[slot_id] = _Seen(slot, _settled(stamp))
 
     def _numbers(self) -> list[int]:
         try:
@@ -111,6 +116,6 @@ def _stamp(path: str) -> _Stamp | None:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-def _is_racy(stamp: _Stamp | None) -> bool:
-    # Two writes within one tick of the file system's clock may leave the same time, and inodes are used again.
-    return stamp is None or time.time_ns() - stamp[0] < _RACY_NS
+def _settled(stamp: _Stamp | None) -> _Stamp | None:
+    # Two writes within one tick of the file system's clock leave the same time, and records are overwritten in place.
+    return stamp if stamp is not None and time.time_ns() - stamp[0] > _RACY_NS else None

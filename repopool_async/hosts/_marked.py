@@ -9,10 +9,12 @@ means is not known here.
 
 import contextlib
 import os
+import re
 import select
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, Self
 
 import attrs
@@ -24,16 +26,21 @@ from repopool_async.hosts.base import EndedProcesses
 _KILL_SECONDS: Final = 3.0
 """How long, beyond the grace period, the killed may take to die and to stop breeding."""
 _POLL_SECONDS: Final = 0.005
+_EXEC_SECONDS: Final = 0.2
+_KERNEL_THREAD: Final = 0x00200000
+_EXITING: Final = 0x00000004
+_TICK_SECONDS: Final = 0.02
+"""More than the clock by which the kernel tells when a process began is coarse."""
 _DELETED: Final = " (deleted)"
 
 
-def end_processes(mark: str, tree: str, grace_seconds: float) -> EndedProcesses:
+def end_processes(mark: str, tree: str, grace_seconds: float, since: float | None = None) -> EndedProcesses:
     """See `Host.end_processes`; takes at most the grace period and three seconds.
 
     A marked process that cannot be ended (another user's, stuck in the kernel) is named among the bystanders.
     """
     killed, survivors = _end_marked(os.fsencode(mark), grace_seconds)
-    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=tuple(_bystanders(tree, survivors)))
+    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=tuple(_bystanders(tree, survivors, since)))
 
 
 def _end_marked(mark: bytes, grace_seconds: float) -> tuple[set[int], list[int]]:
@@ -139,13 +146,39 @@ def _marked(pid: int, mark: bytes) -> _Target | None:
 
 
 def _bears(pid: int, mark: bytes) -> bool:
-    environment = _read(f"/proc/{pid}/environ")
-    if not environment:
-        # Where the first thread has ended and others go on, only theirs show it.
-        threads = _list(f"/proc/{pid}/task")
-        others = (thread for thread in threads if thread != str(pid)) if len(threads) > 1 else ()
-        environment = next(filter(None, (_read(f"/proc/{pid}/task/{thread}/environ") for thread in others)), b"")
+    environment = _environment(pid)
     return mark in environment and mark in environment.split(b"\0")
+
+
+def _environment(pid: int) -> bytes:
+    deadline = Deadline.after(_EXEC_SECONDS)
+    try:
+        while not (environment := Path(f"/proc/{pid}/environ").read_bytes()):
+            # For a moment in the middle of an exec there is none to be seen.
+            if deadline.is_expired or not _is_in_exec(pid):
+                return _environment_of_threads(pid)
+            time.sleep(_POLL_SECONDS / 10)
+    except PermissionError:
+        return b""
+    except OSError:  # gone, or at least its first thread is
+        return _environment_of_threads(pid)
+    return environment
+
+
+def _is_in_exec(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    state, *fields = stat[stat.rfind(b")") + 2 :].split()
+    if state in (b"Z", b"X") or int(fields[5]) & (_KERNEL_THREAD | _EXITING):
+        return False
+    # The address of the environment's end: one that has been set up has an address even where it is empty.
+    return fields[47:48] == [b"0"]
+
+
+def _environment_of_threads(pid: int) -> bytes:
+    """Return what the other threads show: where the first has ended and others go on, it shows nothing."""
+    threads = _list(f"/proc/{pid}/task")
+    others = (thread for thread in threads if thread != str(pid)) if len(threads) > 1 else ()
+    return next(filter(None, (_read(f"/proc/{pid}/task/{thread}/environ") for thread in others)), b"")
 
 
 def _open_pidfd(pid: int) -> int | None:
@@ -170,24 +203,101 @@ def _list(path: str) -> list[str]:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-            return file.readall() or b""
+        return Path(path).read_bytes()
     except OSError:
         return b""
 
 
-def _bystanders(tree: str, survivors: list[int]) -> Iterator[str]:
+def _bystanders(tree: str, survivors: list[int], since: float | None) -> Iterator[str]:
     root = os.path.realpath(tree)
+    place = _place(root)
     for pid in sorted(_pids()):
-        if pid in survivors or _stands_in(pid, root):
+        if (
+            pid in survivors
+            or _stands_in(pid, root)
+            or _has_mounted(pid, place)
+            or (since is not None and _hides(pid, since))
+        ):
             name = _read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
             yield f"{pid} {name}"
 
 
 def _stands_in(pid: int, root: str) -> bool:
     own = f"/proc/{pid}"
-    paths = (f"{own}/cwd", *(f"{own}/fd/{number}" for number in _list(f"{own}/fd")))
-    return any(_leads_into(path, root) for path in paths)
+    paths = (f"{own}/cwd", f"{own}/root", *(f"{own}/fd/{number}" for number in _list(f"{own}/fd")))
+    return any(_leads_into(path, root) for path in paths) or _maps_from(pid, root)
+
+
+def _maps_from(pid: int, root: str) -> bool:
+    """Return whether a process shares memory with a file below the root, which needs no open descriptor."""
+    # The kernel writes newlines, and nothing else, as three octal digits.
+    prefix = os.fsencode(root).replace(b"\n", rb"\012") + b"/"
+    maps = _read(f"/proc/{pid}/maps")
+    return prefix in maps and any(
+        fields[1][3:4] == b"s" and fields[5].startswith(prefix)
+        for line in maps.splitlines()
+        if len(fields := line.split(maxsplit=5)) > 5
+    )
+
+
+_Place = tuple[bytes, bytes]
+"""A file system's device, and a path within it; both as `mountinfo` writes them."""
+
+
+def _place(root: str) -> _Place | None:
+    """Say where a directory lies whatever it is mounted as; None where nobody can say."""
+    path = _escaped(root)
+    found, length = None, -1
+    for device, source, point in _mounts("self"):
+        prefix = point.rstrip(b"/")
+        if len(point) >= length and (path + b"/").startswith(prefix + b"/"):
+            found, length = (device, source.rstrip(b"/") + path[len(prefix) :]), len(point)
+    return found
+
+
+def _has_mounted(pid: int, place: _Place | None) -> bool:
+    """Return whether a process in a container of some kind has the place, or one below, mounted for itself."""
+    if place is None or _link(f"/proc/{pid}/ns/mnt") == _link("/proc/self/ns/mnt"):
+        return False
+    wanted_device, wanted = place
+    return any(
+        device == wanted_device and (source + b"/").startswith(wanted + b"/") for device, source, _ in _mounts(str(pid))
+    )
+
+
+def _mounts(pid: str) -> Iterator[tuple[bytes, bytes, bytes]]:
+    # id parent DEVICE ROOT POINT options ...; paths are escaped, as is what they are compared with.
+    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+        fields = line.split(b" ", 5)
+        if len(fields) > 5:
+            yield fields[2], fields[3], fields[4]
+
+
+def _escaped(path: str) -> bytes:
+    return re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _hides(pid: int, since: float) -> bool:
+    """Return whether a process of our own user, begun after `since`, lets us see nothing of what it holds."""
+    try:
+        os.listdir(f"/proc/{pid}/fd")
+    except PermissionError:
+        pass
+    except OSError:
+        return False
+    else:
+        return False
+    users = next((line.split()[1:] for line in _read(f"/proc/{pid}/status").splitlines() if line[:4] == b"Uid:"), [])
+    started = process_start_time(pid)
+    is_ours = str(os.geteuid()).encode() in users
+    return is_ours and started is not None and started / os.sysconf("SC_CLK_TCK") >= since - _TICK_SECONDS
 
 
 def _leads_into(path: str, root: str) -> bool:

@@ -6,13 +6,16 @@ business of `_files`.
 """
 
 # Paths are text here: directory descriptors are what this module is about, and pathlib has none.
-# ruff: noqa: PTH103, PTH118
+# ruff: noqa: PTH102, PTH103, PTH106, PTH118, PTH120
 
+import array
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -27,6 +30,9 @@ _NAME_LIMIT: Final = 4096
 """Characters of a name worth reporting: neither git nor a lessee can say a longer one to the system."""
 _NO_NAMES: Final = frozenset(("", ".", ".."))
 _ATTEMPTS: Final = 3
+_GET_FLAGS: Final = 0x80086601 if sys.platform == "linux" else 0
+_OWNERS_FLAGS: Final = 0x620380FF
+"""The inode flags of `chattr` that somebody sets; the others say how the file system stores the inode."""
 
 
 def inspect_tree(root: str, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
@@ -55,6 +61,9 @@ class _Inspection:
         self._multiply_linked: list[str] = []
         self._unlocked: list[str] = []
         self._mounts: list[str] = []
+        self._irregular: list[str] = []
+        self._to_compare: set[str] = set()
+        self._fresh: _Particulars | None = None
 
     def run(self) -> TreeInspection:
         if open_up(self._root):
@@ -69,12 +78,14 @@ class _Inspection:
             multiply_linked=tuple(self._multiply_linked),
             unlocked=tuple(self._unlocked),
             mounts=tuple(self._mounts),
+            irregular=tuple(self._irregular),
         )
 
     def _walk(self, descriptor: int) -> None:
         try:
             status = os.fstat(descriptor)
             self._device = status.st_dev
+            self._compare(descriptor, ".")
             levels = [_Level("", status, self._scan(descriptor, ""))]
             while levels:
                 if levels[-1].pending:
@@ -96,6 +107,8 @@ class _Inspection:
             return descriptor
         left = child
         try:
+            if prefix[:-1] in self._to_compare:
+                self._compare(child, prefix[:-1])
             pending = self._scan(child, prefix)
             if pending:
                 levels.append(_Level(prefix, os.fstat(child), pending))
@@ -130,6 +143,11 @@ class _Inspection:
                 self._entries += 1
                 self._repositories.append(name)
             return False
+        if self._mounted and name in self._mounted:
+            # Not even looked at: some file systems never answer.
+            self._entries += 1
+            self._mounts.append(name)
+            return False
         try:
             status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
@@ -155,14 +173,22 @@ class _Inspection:
         )
 
     def _look_at_directory(self, entry_name: str, name: str, status: os.stat_result, descriptor: int) -> bool:
-        if status.st_dev != self._device or name in self._mounted:
+        if status.st_dev != self._device:
             self._mounts.append(name)
             return False
         if self._is_changed(name, status):
             self._changed_directories.append(name)
+            self._to_compare.add(name)
         if status.st_mode & stat.S_IRWXU != stat.S_IRWXU and open_up(entry_name, descriptor):
             self._unlocked.append(name)
         return True
+
+    def _compare(self, descriptor: int, name: str) -> None:
+        """Note a directory that is not as a new one would be."""
+        if self._fresh is None:
+            self._fresh = _fresh_directory(os.path.dirname(self._root))
+        if _particulars(descriptor) != self._fresh:
+            self._irregular.append(name)
 
     def _look_briefly(self, entry: os.DirEntry[str], _prefix: str, descriptor: int) -> bool:
         try:
@@ -195,6 +221,39 @@ def _open_root(root: str) -> int:
         if error.errno == errno.ELOOP:  # what some platforms say of a link
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), root) from error
         raise
+
+
+_Particulars = tuple[int, int, int, int, tuple[tuple[str, bytes], ...]]
+
+
+def _fresh_directory(parent: str) -> _Particulars:
+    """Say what a new directory is like: umask, default access lists, inherited groups and flags included."""
+    path = os.path.join(parent, f".repopool-{uuid.uuid4().hex}")
+    os.mkdir(path)
+    try:
+        descriptor = os.open(path, _DIRECTORY)
+        try:
+            return _particulars(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.rmdir(path)
+
+
+def _particulars(descriptor: int) -> _Particulars:
+    """Say what an inode carries besides its contents, as far as its owner could have changed it."""
+    status = os.fstat(descriptor)
+    names = sorted(os.listxattr(descriptor)) if hasattr(os, "listxattr") else []
+    attributes = tuple((name, os.getxattr(descriptor, name)) for name in names)
+    return status.st_mode, status.st_uid, status.st_gid, _flags(descriptor), attributes
+
+
+def _flags(descriptor: int) -> int:
+    flags = array.array("l", [0])
+    # Not every file system has any.
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(descriptor, _GET_FLAGS, flags, True)
+    return flags[0] & _OWNERS_FLAGS
 
 
 @attrs.frozen

@@ -147,7 +147,9 @@ class TreeInspection:
         repositories: entries named `.git` below the root, never descended into.
         multiply_linked: regular files with more than one link.
         unlocked: directories whose mode kept their owner out; they have been given `u+rwx`.
-        mounts: directories on another device, never descended into.
+        mounts: what something is mounted on, never descended into.
+        irregular: changed directories, and the root as `.`, that are not as a new directory beside the root would be:
+            mode, owner, extended attributes, access lists, flags.
     """
 
     entries: int
@@ -158,6 +160,7 @@ class TreeInspection:
     multiply_linked: tuple[str, ...] = ()
     unlocked: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
+    irregular: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -166,7 +169,8 @@ class EndedProcesses:
 
     Attributes:
         killed: pids ended because they bore the lease's mark.
-        bystanders: `pid name` of processes that are not the lease's but stand in the tree or hold files of it open.
+        bystanders: `pid name` of processes that are not the lease's but stand in the tree, or hold files of it open or
+            mapped.
     """
 
     killed: tuple[int, ...] = ()
@@ -327,11 +331,15 @@ class Host(Protocol):
     async def file_system_clock_ns(self, directory: str) -> int:
         """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now."""
 
-    async def end_processes(self, *, mark: str, tree: str, grace_seconds: float = 2.0) -> EndedProcesses:
+    async def end_processes(
+        self, *, mark: str, tree: str, grace_seconds: float = 2.0, since: float | None = None
+    ) -> EndedProcesses:
         """End every process whose environment contains `mark`, and look for others that stand in `tree`.
 
         Args:
             mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
+            since: seconds on the boot-time clock; a process of our own user that began later and lets nobody see what
+                it holds counts as a bystander too.
         """
 
     async def is_network_file_system(self, path: str) -> bool:

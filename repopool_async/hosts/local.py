@@ -151,9 +151,7 @@ class LocalHost:
         """See `Host.remove_tree`."""
         await in_thread(_files.remove_tree, path)
 
-    async def inspect_tree(
-        self, root: str, *, since_ns: int | None, settled: Settled | None = None
-    ) -> TreeInspection:
+    async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
         """See `Host.inspect_tree`."""
         return await in_thread(_tree.inspect_tree, root, since_ns, settled)
 
@@ -171,9 +169,11 @@ class LocalHost:
 
     # -- processes -----------------------------------------------------------------------------------------------
 
-    async def end_processes(self, *, mark: str, tree: str, grace_seconds: float = 2.0) -> EndedProcesses:
+    async def end_processes(
+        self, *, mark: str, tree: str, grace_seconds: float = 2.0, since: float | None = None
+    ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
-        return await in_thread(_marked.end_processes, mark, tree, grace_seconds)
+        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, since)
 
 
 def _apply(steps: Sequence[FileStep]) -> None:

@@ -17,7 +17,7 @@ from repopool_async._aio import together
 from repopool_async._clock import now, wall_minus_boot_ns
 from repopool_async._git import GitRunner
 from repopool_async._identity import boot_id
-from repopool_async.exceptions import CleanupError
+from repopool_async.exceptions import CleanupError, PoolManagerError
 from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
 from repopool_async.hosts.base import (
     Discard,
@@ -40,6 +40,9 @@ _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
 
 _TICK_SECONDS: Final = 0.002
+_ANY_MODE: Final = 0o777
+"""What git makes directories with; the umask says the rest."""
+_NOWHERE: Final = b"ref: refs/heads/none\n"
 _NAMES_LIMIT: Final = 256 * 1024 * 1024
 
 
@@ -92,13 +95,20 @@ class CloneWorkspace:
         paths = _Paths(slot.path)
         await self._sweep_beside(paths)
         await self._renew_pristine(paths)
-        beside = f"{slot.path}.new-{secrets.token_hex(4)}"
-        await self._host.apply([MakeDirectory(beside)])
-        await self._check_out(slot, checkout, tree=beside)
-        await self._verify_clean(slot, tree=beside)
-        await self._host.apply([Discard(slot.path, paths.trash), Rename(beside, slot.path)])
+        try:
+            await self._make_tree(slot, checkout)
+        except (PoolManagerError, OSError):
+            await self._sweep_beside(paths)
+            raise
         await self._install(slot, checkout)
         return Work(steps=("tree made anew",))
+
+    async def _make_tree(self, slot: Slot, checkout: Checkout) -> None:
+        beside = f"{slot.path}.new-{secrets.token_hex(4)}"
+        await self._host.apply([MakeDirectory(beside, mode=_ANY_MODE)])
+        await self._check_out(slot, checkout, tree=beside)
+        await self._verify_clean(slot, tree=beside)
+        await self._host.apply([Discard(slot.path, _Paths(slot.path).trash), Rename(beside, slot.path)])
 
     async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.prepare`."""
@@ -109,8 +119,8 @@ class CloneWorkspace:
                 return Work(steps=("warm",), warm=True)
             await self._install(slot, checkout)
             return Work(steps=("refs renewed",), warm=True)
-        await self._check_out(slot, checkout)
-        await self._note_settled(slot, seal, checkout.commit)
+        rewritten = await self._check_out(slot, checkout)
+        await self._note_settled(slot, seal, checkout.commit, all_files=rewritten)
         await self._install(slot, checkout)
         return Work(steps=("checked out",))
 
@@ -176,6 +186,8 @@ class CloneWorkspace:
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
+        problems += [f"mode, owner or attributes changed: {name}" for name in inspection.irregular]
+        problems += [f"something is mounted: {name}" for name in inspection.mounts]
         return problems
 
     async def discard(self, slot: Slot) -> None:
@@ -199,6 +211,11 @@ class CloneWorkspace:
                 f"repair_slot",
                 slot_id=slot.slot_id,
             )
+        if "." in inspection.irregular:
+            raise CleanupError(
+                f"{slot.slot_id}: mode, owner or attributes of the tree {slot.path} itself were changed",
+                slot_id=slot.slot_id,
+            )
         trash = _Paths(slot.path).trash
         # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
         suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot)]
@@ -206,27 +223,51 @@ class CloneWorkspace:
         # Whole directories next, so that the time to available does not depend on what a lessee left in them.
         untracked = await self._untracked(slot, tree=slot.path)
         removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
-        restored = await self._host.remove_entries(slot.path, inspection.changed, trash=trash)
+        # A directory whose mode or attributes were changed is checked out anew as a whole.
+        restored = await self._host.remove_entries(slot.path, [*inspection.irregular, *inspection.changed], trash=trash)
         await self._check_out(slot, checkout)
         await self._verify_clean(slot, tree=slot.path)
         return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
 
-    async def _check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> None:
-        """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
+    async def _check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> bool:
+        """Bring tree and pristine index to a commit; missing files and files that differ are written anew.
+
+        Returns:
+            Whether every file was written anew, because the commit's attributes are others.
+        """
         paths = _Paths(slot.path)
         tree = tree or slot.path
-        await self._host.apply(
-            [RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", f"{checkout.commit}\n".encode())]
-        )
-        await self._run(slot, "read-tree", "--reset", "-u", checkout.commit, tree=tree)
-        gitlinks = await self._list_gitlinks(slot, checkout.commit)
+        commit = checkout.commit
+        rewrites = await self._has_other_attributes(slot, commit)
+        # Until all is done the pristine git directory stands nowhere, and whoever comes next cannot be mistaken.
+        await self._host.apply([RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", _NOWHERE)])
+        await self._run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
+        if rewrites:
+            await self._host.apply([RemoveFile(f"{paths.git}/index")])
+            await self._run(slot, "read-tree", commit)
+            await self._run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
+        gitlinks = await self._list_gitlinks(slot, commit)
         await self._host.apply(
             [
-                *(MakeDirectory(f"{tree}/{name}") for name in gitlinks),
+                *(MakeDirectory(f"{tree}/{name}", mode=_ANY_MODE) for name in gitlinks),
                 WriteFile(paths.gitlinks, b"".join(name.encode(errors="surrogateescape") + b"\0" for name in gitlinks)),
+                WriteFile(f"{paths.git}/HEAD", f"{commit}\n".encode()),
             ]
         )
-        await self._mirror.keep(slot.slot_id, checkout.commit)
+        await self._mirror.keep(slot.slot_id, commit)
+        return rewrites
+
+    async def _has_other_attributes(self, slot: Slot, commit: str) -> bool:
+        """Return whether a commit's attributes differ from those that the tree's files were written with.
+
+        Line ends and the like may then be others in files that git, comparing blobs, would leave as they are.
+        """
+        git = _Paths(slot.path).git
+        standing = await self._host.read_bytes(f"{git}/HEAD", limit=4096)
+        if standing == f"{commit}\n".encode() or await self._host.stat(f"{git}/index") is None:
+            return False
+        attributes = ":(glob)**/.gitattributes"
+        return bool((await self._run(slot, "diff-index", "--cached", "--name-only", commit, "--", attributes)).stdout)
 
     async def _verify_clean(self, slot: Slot, *, tree: str) -> None:
         problems = await self._differences(slot, tree=tree)
@@ -268,10 +309,12 @@ class CloneWorkspace:
 
     # -- what we changed ourselves after the mark, which is no lessee's work ------------------------------------
 
-    async def _note_settled(self, slot: Slot, seal: Seal, commit: str) -> None:
+    async def _note_settled(self, slot: Slot, seal: Seal, commit: str, *, all_files: bool) -> None:
         """Remember which entries a check-out before a lease touched: their change times are later than the mark."""
         listing = await self._run(slot, "diff-tree", "-r", "-z", "--name-only", "--no-renames", seal.commit, commit)
         names = set(_names(listing.stdout)) | (await self._settled(slot)).names
+        if all_files:
+            names.update(_names((await self._run(slot, "ls-tree", "-r", "-z", "--name-only", commit)).stdout))
         for name in list(names):
             while name := name.rpartition("/")[0]:
                 names.add(name)
@@ -320,6 +363,7 @@ class CloneWorkspace:
             branch=checkout.branch,
             is_tracking=checkout.is_tracking and checkout.branch in snapshot.branches,
             default_branch=snapshot.default_branch,
+            default_commit=snapshot.branches.get(snapshot.default_branch or ""),
             url=self._mirror.url,
             remotes=self._mirror.remotes,
             packed_refs=snapshot.packed_refs,
@@ -391,5 +435,6 @@ def _is_untouched(inspection: TreeInspection) -> bool:
             inspection.repositories,
             inspection.unlocked,
             inspection.mounts,
+            inspection.irregular,
         )
     )
