@@ -1,4 +1,4 @@
-"""One repository, one fetch for everyone: built once, shared by whoever asks in time, followed by whoever asks later."""
+"""One repository, one fetch for everyone: built once, shared by who asks in time, followed for who asks later."""
 
 import asyncio
 import subprocess
@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
+
 from repopool_async import GitOperationError, LocalHost, LockManager
 from repopool_async._git import GitRunner, base_environment
 from repopool_async.mirror import Mirror
@@ -43,7 +44,9 @@ def packs_sent(trace: Path) -> int:
     return sum("run_command: " in line and "upload-pack" in line for line in trace.read_text().splitlines())
 
 
-async def test_a_hundred_requests_at_once_cause_one_fetch(tmp_path: Path, origin: Path, make_commit: MakeCommit) -> None:
+async def test_a_hundred_requests_at_once_cause_one_fetch(
+    tmp_path: Path, origin: Path, make_commit: MakeCommit
+) -> None:
     trace = tmp_path / "trace"
     mirror = make_mirror(tmp_path, origin, trace=trace)
     await mirror.ensure()

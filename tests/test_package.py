@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import repopool_async
 from repopool_async._process import run_process
 

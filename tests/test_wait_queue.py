@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+
 from repopool_async.wait_queue import WaitQueue
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from repopool_async import LeasedSlot, PoolConfig, PoolManager
 from repopool_async.git_directory import OWN_CONFIG
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from repopool_async import PoolConfig, PoolManager
-from repopool_async._process import run_process
 
 from benchmarks import contention
+from repopool_async import PoolConfig, PoolManager
+from repopool_async._process import run_process
 
 
 @pytest.mark.parametrize(
