@@ -236,7 +236,7 @@ def compete(directory: str, seed: str) -> None:
     """Lease, use, return and recover slots until told to stop; say so where somebody else is in the same slot."""
 
     async def run() -> None:
-        chance = random.Random(int(seed))
+        chance = random.Random(seed)
         coordinator = make_coordinator(Path(directory))
         stop = asyncio.create_task(asyncio.to_thread(wait_for_word))
         say("ready")

@@ -22,6 +22,8 @@ from repopool_async.models import Lease, Slot, SlotState
 class Hold:
     """The right to work on a slot: nobody else may until it is finished or abandoned.
 
+    One that nothing refers to any more is abandoned too, so that nothing can be lost by losing sight of it.
+
     Attributes:
         slot: the record as last written through this hold.
         token: the slot's token; where the record has another, the hold was taken away.
