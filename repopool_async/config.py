@@ -57,6 +57,7 @@ _MAX_SECONDS: Final = 3650 * 86400.0
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HELPER_OR_SCHEME: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]*)(?:::|://)")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_RESERVED_ENDINGS: Final = (".git", ".lock", ".record")
 _BAD_IN_REF: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|\.lock$|(?:^|/)\.|^$")
 _SECRET: Final = re.compile(r"(://).*@|\S*:\S*@", re.DOTALL)
 _SECRET_QUERY: Final = re.compile(r"(://[^?]*\?).*", re.DOTALL)
@@ -175,13 +176,14 @@ def validate_repo_name(name: object) -> str:
     """Return the name of a pool, unchanged.
 
     It becomes a directory and part of slot ids, so it is 1 to 100 ASCII letters, digits, dots, underscores and hyphens,
-    begins with a letter or digit, and does not end in `.git` or `.lock`; `locks` is reserved.
+    begins with a letter or digit, and does not end in `.git`, `.lock` or `.record`; `locks` is
+    reserved.
 
     Raises:
         ConfigError: it is not such a name.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower().endswith((".git", ".lock")):
-        rule = '1 to 100 letters, digits, ".", "_" or "-", first a letter or digit, not ending in ".git" or ".lock"'
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower().endswith(_RESERVED_ENDINGS):
+        rule = '1 to 100 letters, digits, ".", "_" or "-", first a letter or digit, not ending in ".git", ".lock" or ".record"'
         raise _unexpected(f"a pool name: {rule}", name)
     if name.lower() == "locks":
         raise ConfigError(f"the pool name {_shown(name)} is reserved; choose another")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from repopool_async import lock_manager
+from repopool_async._flock import is_flocked, lock_files
 from repopool_async._identity import current_owner
 from repopool_async.exceptions import LockTimeoutError, StoreError
 from repopool_async.lock_manager import LockManager
@@ -446,6 +447,17 @@ async def test_a_parent_that_forked_amid_a_change_finishes_it(locks: LockManager
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+async def test_a_copy_of_its_open_file_keeps_no_record_lock(locks: LockManager) -> None:
+    before = set(lock_files._open)
+    with locks.record_lock_sync(SLOT):
+        (descriptor,) = lock_files._open - before
+        copy = os.dup(descriptor)  # as a process has that was being started in this instant
+    try:
+        assert not is_flocked(os.readlink(f"/proc/self/fd/{copy}"))
+    finally:
+        os.close(copy)
 
 
 # Record locks
