@@ -176,14 +176,15 @@ def validate_repo_name(name: object) -> str:
     """Return the name of a pool, unchanged.
 
     It becomes a directory and part of slot ids, so it is 1 to 100 ASCII letters, digits, dots, underscores and hyphens,
-    begins with a letter or digit, and does not end in `.git`, `.lock` or `.record`; `locks` is
-    reserved.
+    begins with a letter or digit, and does not end in `.git`, `.lock` or `.record`; `locks`
+    is reserved.
 
     Raises:
         ConfigError: it is not such a name.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower().endswith(_RESERVED_ENDINGS):
-        rule = '1 to 100 letters, digits, ".", "_" or "-", first a letter or digit, not ending in ".git", ".lock" or ".record"'
+        endings = " or ".join(f'"{ending}"' for ending in _RESERVED_ENDINGS)
+        rule = f'1 to 100 letters, digits, ".", "_" or "-", first a letter or digit, not ending in {endings}'
         raise _unexpected(f"a pool name: {rule}", name)
     if name.lower() == "locks":
         raise ConfigError(f"the pool name {_shown(name)} is reserved; choose another")

@@ -18,6 +18,9 @@ OWN_CONFIG: Final[Mapping[str, str]] = {"gc.auto": "0", "maintenance.auto": "fal
 garbage collection that outlives the lease."""
 
 _ZERO: Final = "0"
+_ANY_FILE: Final = 0o666
+_ANY_DIRECTORY: Final = 0o777
+"""What git makes things with; the umask says the rest."""
 _IDENTITY: Final = "repopool <repopool@localhost>"
 
 
@@ -56,7 +59,7 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
     Args:
         index: the index to copy, its modification time with it (git's detection of racy files depends on it).
     """
-    steps = [MakeDirectory(f"{path}/{name}") for name in ("objects/info", "objects/pack", "refs/heads", "refs/tags")]
+    directories = ["objects/info", "objects/pack", "refs/heads", "refs/tags"]
     files: dict[str, str] = {
         "config": _config(shows),
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
@@ -70,11 +73,13 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
     if shows.default_branch:
         files["refs/remotes/origin/HEAD"] = f"ref: refs/remotes/origin/{shows.default_branch}\n"
         files["logs/refs/remotes/origin/HEAD"] = _log_line(shows, shows.default_commit or shows.commit)
-    parents = {name.rpartition("/")[0] for name in files} - {""}
+    directories += sorted({name.rpartition("/")[0] for name in files} - {""})
     return [
-        *steps,
-        *(MakeDirectory(f"{path}/{parent}") for parent in sorted(parents)),
-        *(WriteFile(f"{path}/{name}", text.encode(errors="surrogateescape")) for name, text in files.items()),
+        *(MakeDirectory(f"{path}/{name}", _ANY_DIRECTORY) for name in directories),
+        *(
+            WriteFile(f"{path}/{name}", text.encode(errors="surrogateescape"), _ANY_FILE)
+            for name, text in files.items()
+        ),
         CopyFile(shows.packed_refs, f"{path}/packed-refs"),
         CopyFile(index, f"{path}/index"),
         # Where the mirror's history is cut off, the lessee's git must know.

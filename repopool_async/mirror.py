@@ -377,7 +377,7 @@ class Mirror:
         own = f"{directory}/repopool"
         steps: list[MakeDirectory | WriteFile] = [MakeDirectory(own)]
         if known is None or known.generation != generation:
-            steps.append(WriteFile(f"{own}/refs-{generation}", packed.encode(errors="surrogateescape")))
+            steps.append(WriteFile(f"{own}/refs-{generation}", packed.encode(errors="surrogateescape"), 0o666))
         steps.append(WriteFile(f"{own}/state.json", json.dumps(attrs.asdict(state)).encode()))
         await self._host.apply(steps)
         if known is not None and known.generation != generation:

@@ -5,6 +5,7 @@ the clean-up log. It moves no slot between states: callers hold the slot and rec
 alternates, indexes or mounts (the strategy's business).
 """
 
+import errno
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -176,12 +177,18 @@ class SlotCleaner:
 
     async def _climb(self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung) -> CleanupResult:
         rung = first
+        has_freed = False
         log.rung = None if first is Rung.CLEAN else first
         while True:
             try:
                 return await self._try_rung(log, slot, checkout, rung)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
+                if _is_disk_full(error) and not has_freed:
+                    # What filled it may be what this lessee left, by now in the trash.
+                    await self._strategy(slot).free_space(slot)
+                    has_freed = True
+                    continue
                 following = _next_rung(rung, error)
                 if following is None:
                     await self._failed(log, error)
@@ -306,6 +313,12 @@ def _next_rung(rung: Rung, error: BaseException) -> Rung | None:
     if rung is Rung.RECREATE_TREE and not isinstance(error, GitOperationError):
         return None  # a new mirror does not mend a file system or a callback
     return Rung(rung + 1)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, GitDiskFullError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 def _standing(slot: Slot) -> Checkout:

@@ -102,5 +102,8 @@ class WorkspaceStrategy(Protocol):
     async def verify(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
 
+    async def free_space(self, slot: Slot) -> None:
+        """Delete at once what was thrown away, as far as that is possible; elsewhere it waits for an idle moment."""
+
     async def discard(self, slot: Slot) -> None:
         """Forget what the strategy keeps for the slot outside the slot's own directory."""

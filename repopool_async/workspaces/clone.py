@@ -8,6 +8,7 @@ changed is rewritten, never merely refreshed.
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -189,6 +190,13 @@ class CloneWorkspace:
         problems += [f"mode, owner or attributes changed: {name}" for name in inspection.irregular]
         problems += [f"something is mounted: {name}" for name in inspection.mounts]
         return problems
+
+    async def free_space(self, slot: Slot) -> None:
+        """See `WorkspaceStrategy.free_space`."""
+        trash = _Paths(slot.path).trash
+        for name in await self._host.list_directory(trash):
+            with suppress(OSError):  # what cannot be deleted is met again, and reported, by whoever empties the trash
+                await self._host.remove_tree(f"{trash}/{name}")
 
     async def discard(self, slot: Slot) -> None:
         """See `WorkspaceStrategy.discard`."""
