@@ -35,7 +35,8 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
 from repopool_async.refs import RefsSnapshot
 from repopool_async.workspaces.base import Checkout, Rung, Work
-from repopool_async.workspaces.submodules import Place, Plan, Submodule, Submodules
+from repopool_async.workspaces.submodule_plan import Plan, Submodule
+from repopool_async.workspaces.submodules import Place, Submodules
 
 _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""

@@ -25,6 +25,8 @@ from repopool_async import (
     SubmoduleError,
     UnknownRefError,
 )
+from repopool_async._git_arguments import DEFAULT_PROTOCOLS
+from repopool_async.workspaces.gitmodules import resolved_url
 from tests.gitserver import serving
 
 FILE = "100644"
@@ -183,8 +185,8 @@ def fresh(world: World, directory: Path, *, branch: str = "main", name: str = "t
     empty.mkdir(exist_ok=True)
     shutil.rmtree(clone, ignore_errors=True)
     git(
-        directory, "clone", "-q", "--template=", "--recurse-submodules", "-b", branch, str(world.path(name)), str(clone),
-        env={"GIT_TEMPLATE_DIR": str(empty)},
+        directory, "clone", "-q", "--template=", "--recurse-submodules", "-b", branch, str(world.path(name)),
+        str(clone), env={"GIT_TEMPLATE_DIR": str(empty)},
     )  # fmt: skip
     return seen(clone)
 
@@ -287,8 +289,8 @@ async def test_a_submodule_whose_remote_has_no_branch_checked_out_is_detached_fr
 # -- another commit ------------------------------------------------------------------------------------------------
 
 
-def make_branches(world: World) -> list[str]:
-    """Make branches of `top` that each change its submodules in another way; return their names."""
+def make_branches(world: World, *only: str) -> list[str]:
+    """Make branches of `top` that each change its submodules in another way, all where none is named."""
     old, new = git(world.path("lib"), "rev-parse", "v1^{commit}"), world.head("lib")
     start = world.head("top")
     lib = module("vendor/lib", path="vendor/lib", url="../lib.git")
@@ -296,7 +298,10 @@ def make_branches(world: World) -> list[str]:
     changes: dict[str, Entries] = {
         "changed": {"vendor/lib": (GITLINK, old)},
         "removed": {"vendor/lib": None, ".gitmodules": plain},
-        "added": {".gitmodules": lib + plain + module("more", path="m/o/re", url="./../lib.git"), "m/o/re": (GITLINK, new)},
+        "added": {
+            ".gitmodules": lib + plain + module("more", path="m/o/re", url="./../lib.git"),
+            "m/o/re": (GITLINK, new),
+        },
         "moved": {
             ".gitmodules": module("vendor/lib", path="moved", url="../lib.git") + plain,
             "moved": (GITLINK, new),
@@ -314,10 +319,11 @@ def make_branches(world: World) -> list[str]:
             module("vendor/lib", path="pl ain", url="../lib.git") + module("p", path="vendor/lib", url="../plain.git")},
         "none": {"vendor/lib": None, "pl ain": None, ".gitmodules": None},
     }  # fmt: skip
-    for branch, entries in changes.items():
+    names = only or tuple(changes)
+    for branch in names:
         git(world.path("top"), "branch", branch, start)
-        world.make("top", entries, branch=branch)
-    return ["main", *changes]
+        world.make("top", changes[branch], branch=branch)
+    return ["main", *names]
 
 
 async def test_every_change_of_ref_shows_what_a_fresh_clone_shows(
@@ -381,6 +387,10 @@ async def test_the_option_may_be_changed_later(manager: PoolManager, world: Worl
 
 Contamination = Callable[[LeasedSlot, Path], None]
 CONTAMINATIONS: dict[str, Contamination] = {}
+
+
+ONLY_IN_GIT_DIRECTORIES = ("hooks", "modules_replaced_by_a_link_outside")
+"""Those that leave the tree alone; what they change is replaced whatever it is."""
 
 
 def contamination(act: Contamination) -> Contamination:
@@ -555,24 +565,24 @@ def same_size_edit_with_its_time_restored(slot: LeasedSlot, canary: Path) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(CONTAMINATIONS))
-@pytest.mark.parametrize("then", ["main", "changed", "removed"])
 async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(
-    manager: PoolManager, world: World, tmp_path: Path, name: str, then: str
+    manager: PoolManager, world: World, tmp_path: Path, name: str
 ) -> None:
-    make_branches(world)
-    canary = tmp_path / "canary/ran"
-    outside = tmp_path / "canary/outside"
-    outside.mkdir(parents=True)
-    (outside / "precious").write_text("precious")
+    make_branches(world, "changed", "removed")
     await make_pool(manager, world)
-    async with manager.lease("web") as slot:
-        CONTAMINATIONS[name](slot, canary)
-    log = await steps(manager)
-    assert log[0] == "cleaned" or log[0] == "untouched" and name in ("hooks", "modules_replaced_by_a_link_outside"), log
-    async with manager.lease("web", ref=then) as slot:
-        assert differences(fresh(world, tmp_path, branch=then), seen(slot.path)) == []
-    assert not canary.exists()
-    assert (outside / "precious").read_text() == "precious"
+    for then in ("main", "changed", "removed"):
+        canary = tmp_path / f"canary-{then}/ran"
+        outside = canary.parent / "outside"
+        outside.mkdir(parents=True)
+        (outside / "precious").write_text("precious")
+        async with manager.lease("web", ref="main") as slot:
+            CONTAMINATIONS[name](slot, canary)
+        log = await steps(manager)
+        assert log[0] == ("untouched" if name in ONLY_IN_GIT_DIRECTORIES else "cleaned"), log
+        async with manager.lease("web", ref=then) as slot:
+            assert differences(fresh(world, tmp_path, branch=then), seen(slot.path)) == [], then
+        assert not canary.exists()
+        assert (outside / "precious").read_text() == "precious"
     assert await manager.check() == {}
 
 
@@ -632,7 +642,12 @@ async def test_dangerous_submodules_are_refused_and_nothing_runs(
     canary = tmp_path / "canary"
     gitmodules, place, reason = dangerous(canary, world)[name]
     git(world.path("top"), "branch", "evil", "main")
-    entries: Entries = {".gitmodules": gitmodules, place: (GITLINK, world.head("plain")), "vendor/lib": None, "pl ain": None}
+    entries: Entries = {
+        ".gitmodules": gitmodules,
+        place: (GITLINK, world.head("plain")),
+        "vendor/lib": None,
+        "pl ain": None,
+    }
     world.make("top", entries, branch="evil")
     await make_pool(manager, world)
     with pytest.raises(PoolManagerError) as caught:
@@ -682,6 +697,38 @@ async def test_a_path_through_a_link_of_another_letter_case_is_refused(manager: 
         await make_pool(manager, world)
 
 
+async def test_a_list_that_is_a_link_is_refused(manager: PoolManager, world: World) -> None:
+    world.make("top", {".gitmodules": (LINK, "README")})
+    with pytest.raises(SubmoduleError, match=r"its \.gitmodules is a symbolic link"):
+        await make_pool(manager, world)
+
+
+async def test_a_forged_tree_in_which_a_link_is_a_directory_too_writes_nothing_outside(
+    manager: PoolManager, world: World, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    (outside / "x").mkdir(parents=True)
+    top = world.path("top")
+    blob = git(top, "hash-object", "-w", "--stdin", input=str(outside).encode())
+    listing = module("x", path="a/x", url="../plain.git").encode()
+    modules = git(top, "hash-object", "-w", "--stdin", input=listing)
+    inside = git(top, "mktree", "--missing", input=f"160000 commit {world.head('plain')}\tx\n".encode())
+    for entries in (
+        f"120000 blob {blob}\ta\n040000 tree {inside}\ta\n",
+        f"040000 tree {inside}\ta\n120000 blob {blob}\ta\n",
+    ):
+        tree = git(top, "mktree", input=f"100644 blob {modules}\t.gitmodules\n{entries}".encode())
+        git(top, "update-ref", "refs/heads/forged", git(top, "commit-tree", "-m", "x", tree))
+        await make_pool(manager, world)
+        with pytest.raises(PoolManagerError):
+            async with manager.lease("web", ref="forged", timeout=60):
+                raise AssertionError
+        await manager.wait_clean()
+        assert list((outside / "x").iterdir()) == []
+        async with manager.lease("web", ref="main", timeout=60) as slot:
+            assert differences(fresh(world, tmp_path), seen(slot.path)) == []
+
+
 async def test_a_pool_is_not_made_where_its_default_branch_is_refused(manager: PoolManager, world: World) -> None:
     world.make("top", {".gitmodules": module("x", path="pl ain", url="ext::x")})
     with pytest.raises(SubmoduleError, match=r"web: submodule 'pl ain' \(named 'x'\) of commit .* is refused"):
@@ -692,7 +739,7 @@ async def test_a_pool_is_not_made_where_its_default_branch_is_refused(manager: P
 async def test_submodules_of_submodules_are_checked_too(manager: PoolManager, world: World) -> None:
     world.make("lib", {".gitmodules": module("../x", path="deep/inner", url="../inner.git")})
     world.make("top", {"vendor/lib": (GITLINK, world.head("lib"))})
-    with pytest.raises(SubmoduleError, match="vendor/lib/deep/inner.*leads out"):
+    with pytest.raises(SubmoduleError, match=r"vendor/lib/deep/inner.*leads out"):
         await make_pool(manager, world)
 
 
@@ -703,7 +750,9 @@ async def test_there_is_an_end_to_nesting(manager: PoolManager, world: World) ->
             f"n{number + 1}",
             {".gitmodules": module("n", path="n", url=f"../n{number}.git"), "n": (GITLINK, world.head(f"n{number}"))},
         )
-    world.make("top", {".gitmodules": module("n", path="pl ain", url="../n12.git"), "pl ain": (GITLINK, world.head("n12"))})
+    world.make(
+        "top", {".gitmodules": module("n", path="pl ain", url="../n12.git"), "pl ain": (GITLINK, world.head("n12"))}
+    )
     with pytest.raises(SubmoduleError, match="lies inside of 10 others"):
         await make_pool(manager, world)
 
@@ -759,9 +808,7 @@ async def test_a_commit_pushed_to_the_submodule_after_its_mirror_was_made_is_fet
 # -- the network ---------------------------------------------------------------------------------------------------
 
 
-async def test_ten_slots_transfer_a_submodule_once_and_with_the_pools_credentials(
-    tmp_path: Path, world: World
-) -> None:
+async def test_ten_slots_transfer_a_submodule_once_and_with_the_pools_credentials(tmp_path: Path, world: World) -> None:
     world.make("top", {".gitmodules": module("vendor/lib", path="vendor/lib", url="../lib.git"), "pl ain": None})
     git(world.path("top"), "update-ref", "refs/heads/main", "main")
     with serving(world.directory, credentials="user:secret") as server:
@@ -796,9 +843,9 @@ async def test_a_local_path_is_refused_where_the_repository_came_over_the_networ
     tmp_path: Path, world: World, manager: PoolManager
 ) -> None:
     world.make("top", {".gitmodules": module("x", path="pl ain", url=str(world.path("plain")))})
-    with serving(world.directory) as server:
-        with pytest.raises(SubmoduleError, match="the protocol file is not allowed"):
-            await manager.create_pool("web", server.url("top.git"), submodules=True)
+    refused = pytest.raises(SubmoduleError, match="the protocol file is not allowed")
+    with serving(world.directory) as server, refused:
+        await manager.create_pool("web", server.url("top.git"), submodules=True)
 
 
 async def test_protocols_that_are_not_allowed_are_not_for_submodules_either(tmp_path: Path, world: World) -> None:
@@ -807,3 +854,39 @@ async def test_protocols_that_are_not_allowed_are_not_for_submodules_either(tmp_
     async with PoolManager(config) as manager:
         with pytest.raises(SubmoduleError, match="the protocol http is not allowed"):
             await make_pool(manager, world)
+
+
+# -- what relative URLs mean ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "https://host/group/top.git", "https://host/top", "https://host:8443/a/b/c/", "ssh://git@host:22/a/top.git",
+        "git@host:group/top.git", "git@host:top.git", "host:top", "/srv/repositories/top.git", "/top", "file:///a/b/top.git",
+    ],
+)  # fmt: skip
+def test_relative_urls_mean_what_they_mean_to_git(tmp_path: Path, base: str) -> None:
+    urls = ["../lib.git", "./lib.git", "../../x/lib", "../.././lib/", "./../lib", "../", "./", "../a b", "../../../lib"]
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "remote", "add", "origin", base)
+    (tmp_path / ".gitmodules").write_text(
+        "".join(module(f"m{number}", path=f"m{number}", url=url) for number, url in enumerate(urls))
+    )
+    for number, _ in enumerate(urls):
+        git(tmp_path, "update-index", "--add", "--cacheinfo", f"{GITLINK},{'1' * 40},m{number}")
+    git(tmp_path, "add", ".gitmodules")
+    compared = 0
+    for number, url in enumerate(urls):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "submodule", "init", f"m{number}"], check=False, capture_output=True
+        )
+        asked = ["git", "-C", str(tmp_path), "config", f"submodule.m{number}.url"]
+        expected = subprocess.run(asked, check=False, capture_output=True).stdout.decode().strip("\n")
+        try:
+            found = resolved_url(url, base, DEFAULT_PROTOCOLS)
+        except ValueError:
+            continue  # what git would make of it is no URL that the pool takes
+        assert found == expected, url
+        compared += 1
+    assert compared >= 4
