@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import SlotInUseError as SlotInUseError
     from repopool_async.exceptions import SlotNotFoundError as SlotNotFoundError
     from repopool_async.exceptions import StoreError as StoreError
+    from repopool_async.exceptions import SubmoduleError as SubmoduleError
     from repopool_async.exceptions import TooManyRequestsError as TooManyRequestsError
     from repopool_async.exceptions import UnknownRefError as UnknownRefError
     from repopool_async.git_operations import GitOperations as GitOperations
@@ -127,6 +128,7 @@ _HOMES = {
     "StaleLock": "repopool_async.models",
     "StoreError": "repopool_async.exceptions",
     "TooManyRequestsError": "repopool_async.exceptions",
+    "SubmoduleError": "repopool_async.exceptions",
     "UnknownRefError": "repopool_async.exceptions",
 }
 
@@ -188,6 +190,7 @@ __all__ = [
     "SlotStore",
     "StaleLock",
     "StoreError",
+    "SubmoduleError",
     "TooManyRequestsError",
     "UnknownRefError",
 ]

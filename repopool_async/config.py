@@ -35,7 +35,6 @@ UNSUPPORTED: Final = frozenset(
         "disk_limit",
         "isolation",
         "run_as",
-        "submodules",
         "lfs",
         "sparse",
         "history",
@@ -494,7 +493,7 @@ class PoolOptions:
         _choice("shared", "full"), "shared", "whether slots share the mirror's objects"
     )
     run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as")
-    submodules: bool = _option(_FLAG, False, "whether submodules are checked out")
+    submodules: bool = _option(_FLAG, False, "whether submodules are checked out, nested ones too")
     lfs: bool = _option(_FLAG, False, "whether Git LFS files are fetched")
     sparse: tuple[str, ...] = _option(_INNER_PATHS, (), "the only directories to check out")
     history: Literal["full", "blobless"] = _option(

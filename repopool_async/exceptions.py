@@ -147,6 +147,20 @@ class RepositoryUrlError(PoolManagerError, ValueError):
     """The text is no repository URL that the pool accepts."""
 
 
+class SubmoduleError(PoolManagerError):
+    """A commit's submodules are refused or cannot be had; the slot is not to blame.
+
+    Attributes:
+        path: of the submodule in the tree, "" where it is about all of them.
+    """
+
+    def __init__(
+        self, message: str, *, path: str = "", repo_name: str | None = None, slot_id: str | None = None
+    ) -> None:
+        super().__init__(message, repo_name=repo_name, slot_id=slot_id)
+        self.path = path
+
+
 class CommandFailedError(PoolManagerError):
     """A command that a lessee ran in its slot exited with a status other than 0.
 

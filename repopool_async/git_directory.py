@@ -25,6 +25,19 @@ _IDENTITY: Final = "repopool <repopool@localhost>"
 
 
 @attrs.frozen
+class SubmoduleEntry:
+    """An initialised submodule in the configuration of the repository it is part of.
+
+    Attributes:
+        name: as `.gitmodules` has it. url: resolved. update: how it is updated, None where nothing is said of it.
+    """
+
+    name: str
+    url: str
+    update: str | None = None
+
+
+@attrs.frozen
 class GitDirectory:
     """What a slot's git directory shows.
 
@@ -38,6 +51,10 @@ class GitDirectory:
         alternates: the object directory to borrow from.
         object_format: `sha1` or `sha256`.
         at: the time that reflogs tell.
+        submodules: those initialised, in order of their paths; None where submodules are left alone.
+        worktree: of a submodule's git directory, the way from there to its files; None for one that lies in its tree.
+        cloned_commit: of a submodule's git directory, what `default_branch` (or the remote's HEAD) is: it was checked
+            out before `commit` was. None for what was cloned at `commit`.
     """
 
     commit: str
@@ -51,6 +68,16 @@ class GitDirectory:
     alternates: str
     object_format: str
     at: datetime
+    submodules: tuple[SubmoduleEntry, ...] | None = None
+    worktree: str | None = None
+    cloned_commit: str | None = None
+
+    @property
+    def tracking_branch(self) -> str | None:
+        """The local branch that follows one of origin's, whether HEAD is on it or was."""
+        if self.cloned_commit is not None:
+            return self.default_branch
+        return self.branch if self.is_tracking else None
 
 
 def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep]:
@@ -65,9 +92,12 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
         "objects/info/alternates": f"{shows.alternates}\n",
     }
-    log_line = _log_line(shows, shows.commit)
-    files["logs/HEAD"] = log_line
-    if shows.branch:
+    log_line = _log_line(shows, shows.cloned_commit or shows.commit)
+    files["logs/HEAD"] = log_line + _checkout_line(shows)
+    if shows.cloned_commit and shows.default_branch:
+        files[f"refs/heads/{shows.default_branch}"] = f"{shows.cloned_commit}\n"
+        files[f"logs/refs/heads/{shows.default_branch}"] = log_line
+    elif shows.branch:
         files[f"refs/heads/{shows.branch}"] = f"{shows.commit}\n"
         files[f"logs/refs/heads/{shows.branch}"] = log_line
     if shows.default_branch:
@@ -100,7 +130,7 @@ def pristine_steps(path: str, *, alternates: str, object_format: str) -> list[Fi
     ]
 
 
-def _core_section(object_format: str) -> str:
+def _core_section(object_format: str, worktree: str | None = None) -> str:
     lines = [
         "[core]",
         f"\trepositoryformatversion = {0 if object_format == 'sha1' else 1}",
@@ -108,22 +138,35 @@ def _core_section(object_format: str) -> str:
         "\tbare = false",
         "\tlogallrefupdates = true",
     ]
+    if worktree is not None:
+        lines.append(f"\tworktree = {_quoted(worktree)}")
     if object_format != "sha1":
         lines += ["[extensions]", f"\tobjectformat = {object_format}"]
     return "\n".join(lines) + "\n"
 
 
 def _config(shows: GitDirectory) -> str:
-    text = _core_section(shows.object_format)
+    text = _core_section(shows.object_format, shows.worktree)
+    if shows.submodules is not None and shows.worktree is None:
+        text += "[submodule]\n\tactive = .\n"
     for name, url in {"origin": shows.url, **shows.remotes}.items():
         text += f'[remote "{name}"]\n\turl = {_quoted(url)}\n\tfetch = +refs/heads/*:refs/remotes/{name}/*\n'
-    if shows.branch and shows.is_tracking:
-        merge = _quoted(f"refs/heads/{shows.branch}")
-        text += f'[branch "{_escaped(shows.branch)}"]\n\tremote = origin\n\tmerge = {merge}\n'
+    if shows.tracking_branch:
+        merge = _quoted(f"refs/heads/{shows.tracking_branch}")
+        text += f'[branch "{_escaped(shows.tracking_branch)}"]\n\tremote = origin\n\tmerge = {merge}\n'
+    for entry in shows.submodules or ():
+        text += _submodule_section(entry, is_nested=shows.worktree is not None)
     for key, value in OWN_CONFIG.items():
         section, _, name = key.partition(".")
         text += f"[{section}]\n\t{name} = {value}\n"
     return text
+
+
+def _submodule_section(entry: SubmoduleEntry, *, is_nested: bool) -> str:
+    """Return what `git submodule init` writes; below the top git marks each as active, at the top all at once."""
+    active = "\tactive = true\n" if is_nested else ""
+    update = f"\tupdate = {entry.update}\n" if entry.update else ""
+    return f'[submodule "{_escaped(entry.name)}"]\n{active}\turl = {_quoted(entry.url)}\n{update}'
 
 
 def _escaped(value: str) -> str:
@@ -140,3 +183,12 @@ def _log_line(shows: GitDirectory, commit: str) -> str:
     seconds = int(shows.at.timestamp())
     nothing = _ZERO * len(commit)
     return f"{nothing} {commit} {_IDENTITY} {seconds} +0000\tclone: from {shows.url}\n"
+
+
+def _checkout_line(shows: GitDirectory) -> str:
+    """Return the line by which HEAD left what was cloned, where it did."""
+    if shows.cloned_commit is None:
+        return ""
+    seconds = int(shows.at.timestamp())
+    moving = f"checkout: moving from {shows.default_branch or shows.cloned_commit} to {shows.commit}"
+    return f"{shows.cloned_commit} {shows.commit} {_IDENTITY} {seconds} +0000\t{moving}\n"

@@ -21,11 +21,12 @@ import attrs
 
 from repopool_async._aio import TaskSet, together
 from repopool_async._clock import boottime
-from repopool_async._git import GitRunner
-from repopool_async._git_arguments import validate_ref
+from repopool_async._git import GitRunner, with_credentials
+from repopool_async._git_arguments import Credentials, validate_ref
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     EmptyRepositoryError,
+    GitOperationError,
     GitRefMissingError,
     GitSlotDamagedError,
     ManagerClosedError,
@@ -86,7 +87,8 @@ class Mirror:
         path: where it lies, `<pool>/mirror.git`. url: of `origin`, without credentials.
         git: runs git with the pool's environment (and credentials, if any).
         remotes: further remotes, name to URL, each fetched into `refs/remotes/<name>/*`.
-        repo_name: for messages and the name of the lock.
+        repo_name: for messages and the name of the lock. lock_id: another name for the lock.
+        trash: where a replaced mirror goes; `trash` beside it where missing.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class Mirror:
         locks: LockManager,
         repo_name: str,
         remotes: Mapping[str, str] | None = None,
+        lock_id: str | None = None,
+        trash: str | None = None,
     ) -> None:
         self.path = path
         self.url = url
@@ -114,6 +118,14 @@ class Mirror:
         self._snapshot_stamp: tuple[int, int] | None = None
         self._known_commits: set[str] = set()
         self.fetch_count = 0
+        self._lock_id = lock_id or f"mirror-{repo_name}"
+        self._trash = trash or f"{path.rpartition('/')[0]}/trash"
+        self._submodules: dict[tuple[str, bool], Mirror] = {}
+
+    @property
+    def repo_name(self) -> str:
+        """The pool's name."""
+        return self._repo_name
 
     @property
     def objects(self) -> str:
@@ -227,6 +239,17 @@ class Mirror:
                 return ResolvedRef(asked=ref, commit=commit)
         raise self._unknown(ref, snapshot)
 
+    async def obtain(self, commit: str) -> None:
+        """Have a commit here; the remote is asked only while it is missing.
+
+        Raises:
+            UnknownRefError: the remote does not have it either. GitOperationError: the remote could not be asked.
+        """
+        await self.ensure()
+        if await self._peel(commit) is None:
+            await self.fetch()
+            await self._resolve_commit(commit)
+
     async def keep(self, slot_id: str, commit: str) -> None:
         """Protect the commit a slot stands on from any later maintenance."""
         path = f"{self.path}/refs/repopool/keep/{slot_id}"
@@ -251,12 +274,43 @@ class Mirror:
         await self._run("fsck", "--connectivity-only", "--no-dangling", "--no-progress")
 
     async def aclose(self) -> None:
-        """End a fetch under way; its waiters are told."""
+        """End a fetch under way, of submodules too; its waiters are told."""
         await self._tasks.cancel()
+        for mirror in self._submodules.values():
+            await mirror.aclose()
 
-    @property
-    def _lock_id(self) -> str:
-        return f"mirror-{self._repo_name}"
+    # -- submodules ----------------------------------------------------------------------------------------------
+
+    def of_submodule(self, url: str, credentials: Credentials | None = None) -> "Mirror":
+        """Return the mirror of a submodule's repository, one for each URL of the pool, which may yet have to be built.
+
+        Args:
+            url: without credentials. credentials: offered to that URL's server, instead of the pool's own.
+        """
+        digest = hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:20]
+        key = (digest, credentials is not None)
+        if key not in self._submodules:
+            pool_directory = self.path.rpartition("/")[0]
+            environment = with_credentials(self._git.environment, credentials)
+            self._submodules[key] = Mirror(
+                f"{pool_directory}/submodules/{digest}.git",
+                url,
+                host=self._host,
+                git=self._git.bind(environment=environment),
+                locks=self._locks,
+                repo_name=self._repo_name,
+                lock_id=f"{self._lock_id}.{digest}.git",  # no pool's name ends so
+                trash=self._trash,
+            )
+        return self._submodules[key]
+
+    async def mend_submodules(self) -> None:
+        """Clone those mirrors of submodules anew in which something is damaged (slow: reads everything)."""
+        for mirror in self._submodules.values():
+            try:
+                await mirror.check()
+            except GitOperationError:
+                await mirror.rebuild()
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -271,7 +325,7 @@ class Mirror:
             await self._clone_into(temporary)
             await self._take_snapshot(temporary, spawned=spawned)
             await self._host.apply(
-                [Discard(self.path, f"{pool_directory}/trash"), Rename(temporary, self.path)],
+                [Discard(self.path, self._trash), Rename(temporary, self.path)],
             )
             built = True
         finally:

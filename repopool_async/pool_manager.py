@@ -54,6 +54,7 @@ from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
 from repopool_async.slot_keeper import Components
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.clone import CloneWorkspace
+from repopool_async.workspaces.submodules import Submodules
 
 _log: Final = logging.getLogger("repopool")
 
@@ -354,9 +355,17 @@ class PoolManager:
             repo_name=name,
             remotes=options.remotes,
         )
+        submodules = Submodules(
+            host=self._host,
+            git=runner,
+            mirror=mirror,
+            allow_protocols=self.config.allow_protocols,
+            # Asked of the pool, whose options may change while it is open.
+            is_wanted=lambda: (self._pools[name].options if name in self._pools else options).submodules,
+        )
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
-            workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror),
+            workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror, submodules=submodules),
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,

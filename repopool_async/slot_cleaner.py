@@ -23,6 +23,8 @@ from repopool_async.exceptions import (
     GitOperationError,
     GitTransientError,
     PoolManagerError,
+    SubmoduleError,
+    UnknownRefError,
 )
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
@@ -41,7 +43,8 @@ LEASE_MARK: Final = "REPOPOOL_LEASE_ID"
 SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
-_NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError)
+_NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, UnknownRefError)
+_NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 
 
 @attrs.frozen
@@ -138,17 +141,19 @@ class SlotCleaner:
             CleanupError: no rung of the ladder helped; quarantine the slot.
         """
         first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "return"), slot, checkout or _standing(slot), first=first)
+        return await self._climb(_Log(slot, "return"), slot, checkout or _standing(slot), first=first, falls_back=True)
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
         first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "recover"), slot, checkout, first=first)
+        return await self._climb(_Log(slot, "recover"), slot, checkout, first=first, falls_back=True)
 
     async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
         """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
         await self._end_lease(slot)
-        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=Rung.RECREATE_TREE)
+        return await self._climb(
+            _Log(slot, "repair"), slot, checkout or _standing(slot), first=Rung.RECREATE_TREE, falls_back=True
+        )
 
     async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
@@ -175,7 +180,14 @@ class SlotCleaner:
 
     # -- the ladder ----------------------------------------------------------------------------------------------
 
-    async def _climb(self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung) -> CleanupResult:
+    async def _climb(
+        self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung, falls_back: bool = False
+    ) -> CleanupResult:
+        """Try rung after rung.
+
+        Args:
+            falls_back: show the commit of the last seal where the one wanted cannot be had.
+        """
         rung = first
         has_freed = False
         log.rung = None if first is Rung.CLEAN else first
@@ -189,6 +201,12 @@ class SlotCleaner:
                     await self._strategy(slot).free_space(slot)
                     has_freed = True
                     continue
+                if isinstance(error, _NOT_HELPED_BY_CLIMBING) and falls_back and slot.seal is not None:
+                    checkout, falls_back = _standing(slot), False
+                    continue
+                if isinstance(error, _NOT_THE_SLOTS_FAULT):
+                    await self._failed(log, error)
+                    raise
                 following = _next_rung(rung, error)
                 if following is None:
                     await self._failed(log, error)

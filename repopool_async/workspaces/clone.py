@@ -7,7 +7,7 @@ changed is rewritten, never merely refreshed.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -36,6 +36,8 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
 from repopool_async.refs import RefsSnapshot
 from repopool_async.workspaces.base import Checkout, Rung, Work
+from repopool_async.workspaces.submodule_plan import Plan, Submodule
+from repopool_async.workspaces.submodules import Place, Submodules
 
 _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
@@ -84,12 +86,14 @@ class CloneWorkspace:
 
     Args:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
+        submodules: checks them out; where missing, their places are empty directories.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror) -> None:
+    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, submodules: Submodules | None = None) -> None:
         self._host = host
         self._git = git
         self._mirror = mirror
+        self._submodules = submodules or Submodules(host=host, git=git, mirror=mirror)
 
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.provision`."""
@@ -114,14 +118,14 @@ class CloneWorkspace:
     async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.prepare`."""
         seal = await self._checked_seal(slot)
-        snapshot = await self._mirror.snapshot()
         if seal.commit == checkout.commit:
-            if seal.branch == checkout.branch and seal.refs_generation == snapshot.generation:
+            if seal.branch == checkout.branch and seal.refs_generation == await self._generation(checkout.commit):
                 return Work(steps=("warm",), warm=True)
             await self._install(slot, checkout)
             return Work(steps=("refs renewed",), warm=True)
-        rewritten = await self._check_out(slot, checkout)
-        await self._note_settled(slot, seal, checkout.commit, all_files=rewritten)
+        submodules = await self._submodules.standing(_place(slot))
+        rewritten = await self._check_out(slot, checkout, is_untouched=True)
+        await self._note_settled(slot, seal, checkout.commit, submodules, all_files=rewritten)
         await self._install(slot, checkout)
         return Work(steps=("checked out",))
 
@@ -129,9 +133,11 @@ class CloneWorkspace:
         """See `WorkspaceStrategy.restore`."""
         if rung >= Rung.REBUILD_MIRROR:
             await self._mirror.rebuild()
+            await self._submodules.rebuild()
         if rung >= Rung.RECREATE_TREE:
             return await self.provision(slot, checkout)
         paths = _Paths(slot.path)
+        await self._submodules.plan(checkout.commit)  # refused or not to be had: while nothing has been touched
         root = await self._host.stat(slot.path)
         if root is None or root.kind is not FileKind.DIRECTORY or not _is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
@@ -141,8 +147,9 @@ class CloneWorkspace:
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
-        is_quiet = since is not None and root.ctime_ns < settled.since_ns
-        if trust_untouched and is_quiet and _is_untouched(inspection):
+        is_quiet = since is not None and root.ctime_ns < settled.since_ns and self._is_made_as_wanted(slot.seal)
+        gitfiles = await self._submodules.unchanged_gitfiles(_place(slot), since, settled) if since and is_quiet else ()
+        if trust_untouched and is_quiet and _is_untouched(inspection, gitfiles):
             work = await self._switch_untouched(slot, checkout)
         else:
             work = await self._clean(slot, checkout, inspection)
@@ -151,7 +158,7 @@ class CloneWorkspace:
 
     async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
         """See `WorkspaceStrategy.seal`."""
-        snapshot = await self._mirror.snapshot()
+        generation = await self._generation(checkout.commit)
         previous = slot.seal
         offset = wall_minus_boot_ns()
         settled = mark = await self._mark(slot)
@@ -161,7 +168,7 @@ class CloneWorkspace:
         return Seal(
             commit=checkout.commit,
             branch=checkout.branch,
-            refs_generation=snapshot.generation,
+            refs_generation=generation,
             boot_id=boot_id(),
             mark_ns=mark,
             settled_ns=settled,
@@ -184,6 +191,7 @@ class CloneWorkspace:
         index = await self._host.stat(f"{slot.path}/.git/index")
         if index is None:
             problems.append("the index is missing")
+        problems += await self._submodules.head_problems(_place(slot))
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
@@ -201,6 +209,7 @@ class CloneWorkspace:
     async def discard(self, slot: Slot) -> None:
         """See `WorkspaceStrategy.discard`."""
         await self._mirror.unkeep(slot.slot_id)
+        await self._submodules.discard(_place(slot))
 
     # -- cleaning in place ---------------------------------------------------------------------------------------
 
@@ -208,7 +217,7 @@ class CloneWorkspace:
         assert slot.seal is not None
         if slot.seal.commit == checkout.commit:
             return Work(steps=("untouched",), warm=True)
-        await self._check_out(slot, checkout)
+        await self._check_out(slot, checkout, is_untouched=True)
         await self._verify_clean(slot, tree=slot.path)
         return Work(steps=("untouched", "checked out"))
 
@@ -231,14 +240,20 @@ class CloneWorkspace:
         # Whole directories next, so that the time to available does not depend on what a lessee left in them.
         untracked = await self._untracked(slot, tree=slot.path)
         removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
+        removed += await self._submodules.remove_untracked(_place(slot))
         # A directory whose mode or attributes were changed is checked out anew as a whole.
         restored = await self._host.remove_entries(slot.path, [*inspection.irregular, *inspection.changed], trash=trash)
         await self._check_out(slot, checkout)
         await self._verify_clean(slot, tree=slot.path)
         return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
 
-    async def _check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> bool:
+    async def _check_out(
+        self, slot: Slot, checkout: Checkout, *, tree: str | None = None, is_untouched: bool = False
+    ) -> bool:
         """Bring tree and pristine index to a commit; missing files and files that differ are written anew.
+
+        Args:
+            is_untouched: whether the tree is known to be as it was sealed.
 
         Returns:
             Whether every file was written anew, because the commit's attributes are others.
@@ -246,6 +261,8 @@ class CloneWorkspace:
         paths = _Paths(slot.path)
         tree = tree or slot.path
         commit = checkout.commit
+        plan = await self._submodules.plan(commit)
+        kept = await self._submodules.make_way(_place(slot, tree), plan)
         rewrites = await self._has_other_attributes(slot, commit)
         # Until all is done the pristine git directory stands nowhere, and whoever comes next cannot be mistaken.
         await self._host.apply([RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", _NOWHERE)])
@@ -255,13 +272,15 @@ class CloneWorkspace:
             await self._run(slot, "read-tree", commit)
             await self._run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
         gitlinks = await self._list_gitlinks(slot, commit)
+        places = [*gitlinks, *plan.places]
         await self._host.apply(
             [
                 *(MakeDirectory(f"{tree}/{name}", mode=_ANY_MODE) for name in gitlinks),
-                WriteFile(paths.gitlinks, b"".join(name.encode(errors="surrogateescape") + b"\0" for name in gitlinks)),
+                WriteFile(paths.gitlinks, b"".join(name.encode(errors="surrogateescape") + b"\0" for name in places)),
                 WriteFile(f"{paths.git}/HEAD", f"{commit}\n".encode()),
             ]
         )
+        await self._submodules.check_out(_place(slot, tree), plan, unchanged=kept if is_untouched else ())
         await self._mirror.keep(slot.slot_id, commit)
         return rewrites
 
@@ -295,19 +314,20 @@ class CloneWorkspace:
             found.extend(f"untracked: {name}" for name in await self._untracked(slot, tree=tree))
 
         await together(modified, untracked)
-        return found
+        return found + await self._submodules.differences(_place(slot, tree))
 
     async def _untracked(self, slot: Slot, *, tree: str) -> list[str]:
         """List what the index does not know, ignored or not, directories as one entry."""
         listing = await self._run(slot, "ls-files", "-z", "--others", "--directory", tree=tree)
         return [name.rstrip("/") for name in _names(listing.stdout)]
 
-    # -- submodule places: nothing may lie in them, and git does not look there -----------------------------------
+    # -- submodule places: unless one is checked out there, nothing may lie in them, and git does not look there ---
 
     async def _gitlinks(self, slot: Slot) -> list[str]:
-        """Return the submodule places that are not empty, of the commit the slot stands on."""
+        """Return the submodule places that are not empty and ought to be, of the commit the slot stands on."""
         data = await self._host.read_bytes(_Paths(slot.path).gitlinks, limit=_NAMES_LIMIT)
-        names = _names(data or b"")
+        filled = {submodule.path for submodule in await self._submodules.standing(_place(slot))}
+        names = [name for name in _names(data or b"") if name not in filled]
         return [name for name in names if await self._host.list_directory(f"{slot.path}/{name}")]
 
     async def _list_gitlinks(self, slot: Slot, commit: str) -> list[str]:
@@ -317,10 +337,13 @@ class CloneWorkspace:
 
     # -- what we changed ourselves after the mark, which is no lessee's work ------------------------------------
 
-    async def _note_settled(self, slot: Slot, seal: Seal, commit: str, *, all_files: bool) -> None:
+    async def _note_settled(
+        self, slot: Slot, seal: Seal, commit: str, before: Sequence[Submodule], *, all_files: bool
+    ) -> None:
         """Remember which entries a check-out before a lease touched: their change times are later than the mark."""
         listing = await self._run(slot, "diff-tree", "-r", "-z", "--name-only", "--no-renames", seal.commit, commit)
         names = set(_names(listing.stdout)) | (await self._settled(slot)).names
+        names |= await self._submodules.settled_names(before, await self._submodules.plan(commit))
         if all_files:
             names.update(_names((await self._run(slot, "ls-tree", "-r", "-z", "--name-only", commit)).stdout))
         for name in list(names):
@@ -347,13 +370,16 @@ class CloneWorkspace:
         """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way."""
         paths = _Paths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
+        plan = await self._submodules.plan(checkout.commit)
         for attempt in (1, 2):
-            shows = self._git_directory(checkout, await self._mirror.snapshot())
+            shows = self._git_directory(checkout, await self._mirror.snapshot(), plan)
+            modules = await self._submodules.lessee_steps(outgoing, plan, pristine=paths.pristine)
             try:
                 await self._host.apply(
                     [
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
+                        *modules,
                         Discard(f"{slot.path}/.git", paths.trash),
                         Rename(outgoing, f"{slot.path}/.git"),
                     ]
@@ -365,7 +391,7 @@ class CloneWorkspace:
             else:
                 return
 
-    def _git_directory(self, checkout: Checkout, snapshot: RefsSnapshot) -> GitDirectory:
+    def _git_directory(self, checkout: Checkout, snapshot: RefsSnapshot, plan: Plan) -> GitDirectory:
         return GitDirectory(
             commit=checkout.commit,
             branch=checkout.branch,
@@ -378,7 +404,16 @@ class CloneWorkspace:
             alternates=self._mirror.objects,
             object_format=snapshot.object_format,
             at=now(),
+            submodules=plan.entries.get("", ()) if plan.entries is not None else None,
         )
+
+    async def _generation(self, commit: str) -> str:
+        """Return which refs a slot shows that is made now, those of submodules included."""
+        snapshot = await self._mirror.snapshot()
+        return await self._submodules.generation(await self._submodules.plan(commit), snapshot.generation)
+
+    def _is_made_as_wanted(self, seal: Seal | None) -> bool:
+        return seal is not None and self._submodules.has_made(seal.refs_generation)
 
     # -- sealing -------------------------------------------------------------------------------------------------
 
@@ -400,6 +435,8 @@ class CloneWorkspace:
             raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
         if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
             raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
+        if not self._is_made_as_wanted(slot.seal):
+            raise CleanupError(f"{slot.slot_id}: was made with another option `submodules`", slot_id=slot.slot_id)
         return slot.seal
 
     async def _root(self, slot: Slot) -> FileStat:
@@ -418,6 +455,11 @@ class CloneWorkspace:
         return await self._git.run(*args, git_dir=_Paths(slot.path).git, work_tree=tree, cwd=tree, slot_id=slot.slot_id)
 
 
+def _place(slot: Slot, tree: str | None = None) -> Place:
+    paths = _Paths(slot.path)
+    return Place(slot.slot_id, tree or slot.path, paths.pristine, paths.trash)
+
+
 def _names(data: bytes) -> list[str]:
     return [name.decode(errors="surrogateescape") for name in data.split(b"\0") if name]
 
@@ -434,13 +476,13 @@ def _trusted_mark(seal: Seal | None) -> int | None:
     return seal.mark_ns if moved < _CLOCK_STEP_NS else None
 
 
-def _is_untouched(inspection: TreeInspection) -> bool:
+def _is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> bool:
     return not any(
         (
             inspection.changed,
             inspection.changed_directories,
             inspection.special,
-            inspection.repositories,
+            set(inspection.repositories) != set(gitfiles),
             inspection.unlocked,
             inspection.mounts,
             inspection.irregular,
