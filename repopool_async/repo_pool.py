@@ -335,7 +335,8 @@ class RepoPool:
                 f"{self.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
                 repo_name=self.name,
             )
-        is_cleaning = any(slot.state is SlotState.CLEANING for slot in slots)
+        # A cleaning may have ended since the claim found nothing: then the next claim will find it.
+        is_cleaning = any(slot.state in (SlotState.CLEANING, SlotState.AVAILABLE) for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self.keeper.returning)):
             raise await self._timed_out(attempt, slots)
 
