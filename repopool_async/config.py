@@ -39,7 +39,6 @@ UNSUPPORTED: Final = frozenset(
         "lfs",
         "sparse",
         "history",
-        "rebuild_always",
         "leak_warning",
         "hosts",
         "coordination",
@@ -500,7 +499,9 @@ class PoolOptions:
     cleanup: Literal["background", "inline"] = _option(
         _choice("background", "inline"), "background", "whether leaving a lease waits for its clean-up"
     )
-    rebuild_always: bool = _option(_FLAG, False, "whether every lease gets a tree made from nothing")
+    rebuild_always: bool = _option(
+        _FLAG, False, "whether every return makes the tree anew, in inodes nobody holds open; it costs a check-out"
+    )
     leak_warning: float | None = _option(_or_none(_duration()), None, "age at which a lease's origin is reported")
     hosts: tuple[str, ...] = _option(_list_of(_TEXT), (), "machines that hold the slots")
     coordination: str | None = _option(_or_none(_SECRET_TEXT), None, "database that machines share", repr=False)

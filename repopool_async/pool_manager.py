@@ -348,6 +348,7 @@ class PoolManager:
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,
+            rebuild_always=options.rebuild_always,
         )
         parts = Components(
             host=self._host,

@@ -424,6 +424,7 @@ class RepoPool:
         self.record = record
         self.options = options
         self.keeper.options = options
+        self._parts.cleaner.rebuild_always = options.rebuild_always
 
     async def summary(self) -> PoolSummary:
         """Return the pool at a glance (5.5)."""

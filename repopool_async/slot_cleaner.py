@@ -65,6 +65,7 @@ class SlotCleaner:
             slot's mirror is found from its path.
         store: where the clean-up log is written; found from the slot's path where missing.
         callbacks: of the pool's owner. on_event: told of what happens, a kind and fields.
+        rebuild_always: make the tree anew after every lease, whatever became of the old one.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class SlotCleaner:
         store: SlotStore | None = None,
         callbacks: Callbacks | None = None,
         on_event: Callable[[str, dict[str, object]], None] | None = None,
+        rebuild_always: bool = False,
     ) -> None:
+        self.rebuild_always = rebuild_always
         self._git = git
         self._host: Host = git.runner.host
         self._workspace = workspace
@@ -200,14 +203,15 @@ class SlotCleaner:
 
     async def _end_lease(self, slot: Slot) -> Rung:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
+        first = Rung.RECREATE_TREE if self.rebuild_always else Rung.CLEAN
         if slot.lease is None:
-            return Rung.CLEAN
+            return first
         mark = f"{LEASE_MARK}={slot.lease.lease_id}"
         ended = await self._host.end_processes(mark=mark, tree=slot.path)
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:
-            return Rung.CLEAN
+            return first
         self._tell("slot.bystanders", slot_id=slot.slot_id, processes=ended.bystanders)
         return Rung.RECREATE_TREE
 
