@@ -514,10 +514,12 @@ class PoolManager:
         return await (await self._pool_of(slot_id)).keeper.repair_slot(slot_id)
 
     async def check(self, repo_name: str | None = None) -> dict[str, list[str]]:
-        """Look at every inode of every AVAILABLE slot and repair those in which something is wrong.
+        """Look at every inode of every AVAILABLE slot and every object of the mirrors, and repair what is damaged.
+
+        It takes as long as reading the repository's whole history does.
 
         Returns:
-            Slot ids and what was wrong, for the slots that had something wrong.
+            What was wrong, by slot id and `<pool>/mirror.git`; nothing where all is well.
         """
         found: dict[str, list[str]] = {}
         for pool in await self._named(repo_name):

@@ -16,9 +16,12 @@ from repopool_async._clock import boottime, now
 from repopool_async.exceptions import (
     CleanupError,
     GitAccessError,
+    GitContentionError,
     GitDiskFullError,
     GitMirrorDamagedError,
     GitOperationError,
+    GitRefMissingError,
+    GitTimeoutError,
     GitTransientError,
     PoolManagerError,
 )
@@ -40,6 +43,7 @@ SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError)
+_NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
 
 
 @attrs.frozen
@@ -120,7 +124,7 @@ class SlotCleaner:
             raise
         except (PoolManagerError, OSError) as error:
             log.note(error)
-            result = await self._climb(log, slot, wanted, first=Rung.CLEAN)
+            result = await self._climb(log, slot, wanted, first=Rung.CLEAN, is_negotiable=False)
             await self._check(log, slot)
             return result
         await self._check(log, slot)
@@ -149,7 +153,8 @@ class SlotCleaner:
     async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
         """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
         await self._end_lease(slot)
-        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=Rung.RECREATE_TREE)
+        first = Rung.RECLONE if self._strategy(slot).owns_objects else Rung.RECREATE_TREE
+        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=first)
 
     async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
@@ -176,24 +181,34 @@ class SlotCleaner:
 
     # -- the ladder ----------------------------------------------------------------------------------------------
 
-    async def _climb(self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung) -> CleanupResult:
+    async def _climb(
+        self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung, is_negotiable: bool = True
+    ) -> CleanupResult:
+        """Try rung after rung; where the commit is nowhere any more, and nobody insists on it, show the default."""
         rung = first
         while True:
             try:
                 return await self._try_rung(log, slot, checkout, rung)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
-                following = _next_rung(rung, error)
+                if is_negotiable and rung is Rung.REBUILD_MIRROR and isinstance(error, GitRefMissingError):
+                    return await self._show_default(log, slot)
+                following = _next_rung(rung, error, owns_objects=self._strategy(slot).owns_objects)
                 if following is None:
                     await self._failed(log, error)
-                    raise CleanupError(
-                        f"{slot.slot_id}: could not be cleaned ({_brief(error)}); it is quarantined, see its clean-up "
-                        f"log; `repair_slot` tries again",
-                        slot_id=slot.slot_id,
-                        repo_name=slot.repo_name,
-                    ) from error
-                rung = following
-                log.rung = rung
+                    if isinstance(error, GitRefMissingError):
+                        raise  # the lessee asked for what is gone; the slot is not to blame
+                    raise _quarantined(slot, error) from error
+                rung = log.rung = following
+
+    async def _show_default(self, log: "_Log", slot: Slot) -> CleanupResult:
+        try:
+            checkout = await self._strategy(slot).default_checkout()
+            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE)
+        except (PoolManagerError, OSError) as error:
+            log.note(error)
+            await self._failed(log, error)
+            raise _quarantined(slot, error) from error
 
     async def _try_rung(self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung) -> CleanupResult:
         trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
@@ -298,15 +313,28 @@ class _Log:
         )
 
 
-def _next_rung(rung: Rung, error: BaseException) -> Rung | None:
+def _next_rung(rung: Rung, error: BaseException, *, owns_objects: bool) -> Rung | None:
     """Return the next rung worth trying after an error, None at the end of the ladder or where climbing cannot help."""
     if isinstance(error, _NOT_HELPED_BY_CLIMBING) or rung is Rung.REBUILD_MIRROR:
         return None
     if isinstance(error, GitMirrorDamagedError):
-        return Rung.REBUILD_MIRROR
-    if rung is Rung.RECREATE_TREE and not isinstance(error, GitOperationError):
-        return None  # a new mirror does not mend a file system or a callback
-    return Rung(rung + 1)
+        # A wrong pointer to the objects looks the same: only once that is beyond suspicion is it the objects.
+        if rung < Rung.REBUILD_GIT:
+            return Rung.REBUILD_GIT
+        return Rung.RECLONE if owns_objects and rung < Rung.RECLONE else Rung.REBUILD_MIRROR
+    if rung >= Rung.RECREATE_TREE and (not isinstance(error, GitOperationError) or isinstance(error, _NOT_THE_MIRRORS)):
+        return None  # other objects do not mend a file system or a callback
+    following = Rung(rung + 1)
+    return Rung.REBUILD_MIRROR if following is Rung.RECLONE and not owns_objects else following
+
+
+def _quarantined(slot: Slot, error: BaseException) -> CleanupError:
+    return CleanupError(
+        f"{slot.slot_id}: could not be cleaned ({_brief(error)}); it is quarantined, see its clean-up log; "
+        f"`repair_slot` tries again",
+        slot_id=slot.slot_id,
+        repo_name=slot.repo_name,
+    )
 
 
 def _standing(slot: Slot) -> Checkout:

@@ -17,7 +17,7 @@ from repopool_async._aio import together
 from repopool_async._clock import now, wall_minus_boot_ns
 from repopool_async._git import GitRunner
 from repopool_async._identity import boot_id
-from repopool_async.exceptions import CleanupError
+from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError
 from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
 from repopool_async.hosts.base import (
     Discard,
@@ -87,6 +87,16 @@ class CloneWorkspace:
         self._git = git
         self._mirror = mirror
 
+    @property
+    def owns_objects(self) -> bool:
+        """See `WorkspaceStrategy.owns_objects`."""
+        return False
+
+    async def default_checkout(self) -> Checkout:
+        """See `WorkspaceStrategy.default_checkout`."""
+        resolved = await self._mirror.resolve(None)
+        return Checkout(commit=resolved.commit, branch=resolved.branch)
+
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.provision`."""
         paths = _Paths(slot.path)
@@ -107,8 +117,10 @@ class CloneWorkspace:
         if seal.commit == checkout.commit:
             if seal.branch == checkout.branch and seal.refs_generation == snapshot.generation:
                 return Work(steps=("warm",), warm=True)
+            await self._check_pristine(slot)
             await self._install(slot, checkout)
             return Work(steps=("refs renewed",), warm=True)
+        await self._check_pristine(slot)
         await self._check_out(slot, checkout)
         await self._note_settled(slot, seal, checkout.commit)
         await self._install(slot, checkout)
@@ -118,15 +130,18 @@ class CloneWorkspace:
         """See `WorkspaceStrategy.restore`."""
         if rung >= Rung.REBUILD_MIRROR:
             await self._mirror.rebuild()
+            await self._require(slot, checkout)
         if rung >= Rung.RECREATE_TREE:
             return await self.provision(slot, checkout)
         paths = _Paths(slot.path)
         root = await self._host.stat(slot.path)
         if root is None or root.kind is not FileKind.DIRECTORY or not _is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
-        since = _trusted_mark(slot.seal) if rung is Rung.CLEAN else None
-        if rung is Rung.REBUILD_GIT:
+        since = await self._trusted_mark(slot.seal) if rung is Rung.CLEAN else None
+        if since is None:
             await self._renew_pristine(paths)
+        else:
+            await self._check_pristine(slot)
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
@@ -157,6 +172,7 @@ class CloneWorkspace:
             clock_offset_ns=offset,
             tree_device=root.device,
             tree_inode=root.inode,
+            mirror_build=snapshot.build,
         )
 
     async def verify(self, slot: Slot) -> Sequence[str]:
@@ -165,7 +181,11 @@ class CloneWorkspace:
             seal = await self._checked_seal(slot)
         except CleanupError as error:
             return [error.message]
-        problems = await self._differences(slot, tree=slot.path)
+        try:
+            await self._check_pristine(slot)
+            problems = await self._differences(slot, tree=slot.path)
+        except (CleanupError, GitOperationError, OSError) as error:
+            return [str(error)]
         head = await self._host.read_bytes(f"{slot.path}/.git/HEAD", limit=4096)
         expected = f"ref: refs/heads/{seal.branch}" if seal.branch else seal.commit
         if head is None or head.decode(errors="replace").strip() != expected:
@@ -174,7 +194,7 @@ class CloneWorkspace:
         if index is None:
             problems.append("the index is missing")
         settled = await self._settled(slot)
-        inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=await self._trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
         return problems
 
@@ -292,6 +312,33 @@ class CloneWorkspace:
         steps = pristine_steps(paths.git, alternates=self._mirror.objects, object_format=snapshot.object_format)
         await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
 
+    async def _check_pristine(self, slot: Slot) -> None:
+        """Refuse to go by a git directory of ours that somebody else wrote to since the seal."""
+        seal = slot.seal
+        if seal is None or await self._trusted_mark(seal) is None:
+            return
+        git = _Paths(slot.path).git
+        try:
+            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns)
+            root = await self._host.stat(git)
+        except OSError as error:
+            raise CleanupError(f"{slot.slot_id}: {git} cannot be read: {error}", slot_id=slot.slot_id) from error
+        changed = [*inspection.changed, *inspection.special, *inspection.changed_directories]
+        if changed or root is None or root.ctime_ns >= seal.settled_ns:
+            changed.append(".")
+            raise CleanupError(
+                f"{slot.slot_id}: {git}/{changed[0]} was changed since the slot was sealed", slot_id=slot.slot_id
+            )
+
+    async def _require(self, slot: Slot, checkout: Checkout) -> None:
+        """Say plainly that a commit is gone: neither the remote nor the old mirror had it."""
+        if not await self._mirror.has(checkout.commit):
+            raise GitRefMissingError(
+                f"{slot.slot_id}: {checkout.commit} is in neither the old mirror nor the remote any more",
+                operation="restore",
+                slot_id=slot.slot_id,
+            )
+
     async def _install(self, slot: Slot, checkout: Checkout) -> None:
         """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way."""
         paths = _Paths(slot.path)
@@ -328,6 +375,16 @@ class CloneWorkspace:
             at=now(),
         )
 
+    async def _trusted_mark(self, seal: Seal | None) -> int | None:
+        """Return the seal's mark, None where file times prove nothing.
+
+        That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
+        """
+        if seal is None or seal.boot_id != boot_id() or seal.mirror_build != (await self._mirror.snapshot()).build:
+            return None
+        moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
+        return seal.mark_ns if moved < _CLOCK_STEP_NS else None
+
     # -- sealing -------------------------------------------------------------------------------------------------
 
     async def _mark(self, slot: Slot) -> int:
@@ -346,6 +403,8 @@ class CloneWorkspace:
         root = await self._root(slot)
         if slot.seal is None or slot.seal.boot_id != boot_id() or not _is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
+        if slot.seal.mirror_build != (await self._mirror.snapshot()).build:
+            raise CleanupError(f"{slot.slot_id}: was made of a mirror that was damaged since", slot_id=slot.slot_id)
         if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
             raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
         return slot.seal
@@ -372,14 +431,6 @@ def _names(data: bytes) -> list[str]:
 
 def _is_same_tree(root: FileStat, seal: Seal | None) -> bool:
     return seal is not None and (root.device, root.inode) == (seal.tree_device, seal.tree_inode)
-
-
-def _trusted_mark(seal: Seal | None) -> int | None:
-    """Return the seal's mark, None where file times prove nothing (another boot, or somebody set the clock)."""
-    if seal is None or seal.boot_id != boot_id():
-        return None
-    moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
-    return seal.mark_ns if moved < _CLOCK_STEP_NS else None
 
 
 def _is_untouched(inspection: TreeInspection) -> bool:
