@@ -33,7 +33,6 @@ UNSUPPORTED: Final = frozenset(
         "salvage_days",
         "salvage_limit",
         "disk_limit",
-        "isolation",
         "run_as",
         "submodules",
         "lfs",
@@ -487,7 +486,10 @@ class PoolOptions:
     salvage_limit: int = _option(_SIZE_LIMIT, 1 << 30, "how much of one lease's work is saved")
     disk_limit: int | None = _option(_or_none(_SIZE_LIMIT), None, "how much disk the pool may use")
     isolation: Literal["shared", "full"] = _option(
-        _choice("shared", "full"), "shared", "whether slots share the mirror's objects"
+        _choice("shared", "full"),
+        "shared",
+        "shared: slots borrow the mirror's objects; full: each has its own, at the price of twice the history's size a "
+        "slot and of copying it once a return",
     )
     run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as")
     submodules: bool = _option(_FLAG, False, "whether submodules are checked out")
@@ -518,6 +520,8 @@ class PoolOptions:
             raise _located("means nothing without max_slots", ("idle_seconds",))
         if self.setup_key and self.setup is None:
             raise _located("means nothing without setup", ("setup_key",))
+        if self.isolation == "full" and self.history != "full":
+            raise _located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "PoolOptions":

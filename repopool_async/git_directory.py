@@ -31,7 +31,8 @@ class GitDirectory:
         default_branch: what `origin/HEAD` points to, None where the remote has no such thing.
         url: of `origin`. remotes: further remotes, name to URL.
         packed_refs: path of the file to copy as `packed-refs`.
-        alternates: the object directory to borrow from.
+        alternates: the object directory to borrow from. own_packs: names of its pack files to copy instead, so that
+            nothing is borrowed; None borrows.
         object_format: `sha1` or `sha256`.
         at: the time that reflogs tell.
     """
@@ -46,6 +47,7 @@ class GitDirectory:
     alternates: str
     object_format: str
     at: datetime
+    own_packs: tuple[str, ...] | None = None
 
 
 def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep]:
@@ -58,8 +60,9 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
     files: dict[str, str] = {
         "config": _config(shows),
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
-        "objects/info/alternates": f"{shows.alternates}\n",
     }
+    if shows.own_packs is None:
+        files["objects/info/alternates"] = f"{shows.alternates}\n"
     log_line = _log_line(shows)
     files["logs/HEAD"] = log_line
     if shows.branch:
@@ -75,9 +78,16 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
         *(WriteFile(f"{path}/{name}", text.encode(errors="surrogateescape")) for name, text in files.items()),
         CopyFile(shows.packed_refs, f"{path}/packed-refs"),
         CopyFile(index, f"{path}/index"),
+        *own_pack_steps(path, shows),
         # Where the mirror's history is cut off, the lessee's git must know.
         CopyFile(f"{shows.alternates.rpartition('/')[0]}/shallow", f"{path}/shallow", is_optional=True),
     ]
+
+
+def own_pack_steps(path: str, shows: GitDirectory) -> list[FileStep]:
+    """Return the steps that copy packs into the git directory at `path`; an index last, for git looks for those."""
+    names = sorted(shows.own_packs or (), key=lambda name: name.endswith(".idx"))
+    return [CopyFile(f"{shows.alternates}/pack/{name}", f"{path}/objects/pack/{name}") for name in names]
 
 
 def pristine_steps(path: str, *, alternates: str, object_format: str) -> list[FileStep]:

@@ -23,6 +23,7 @@ from repopool_async.config import PoolConfig, PoolOptions, validate_repo_name
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.events import Event, EventBus
 from repopool_async.exceptions import (
+    ConfigError,
     ManagerClosedError,
     PlatformNotSupportedError,
     PoolExistsError,
@@ -288,6 +289,7 @@ class PoolManager:
                     f"{name}: is already the pool of {stored.repo_url}; choose another name, or delete_pool first",
                     repo_name=name,
                 )
+            _refuse_change(stored, options)
             pool = self._pools.get(name)
             record = stored or Pool(repo_name=name, repo_url=url, num_slots=options.num_slots, created_at=now())
             record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed())
@@ -344,7 +346,9 @@ class PoolManager:
         lessee_git = GitOperations(self._host)
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
-            workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror),
+            workspace=CloneWorkspace(
+                host=self._host, git=runner, mirror=mirror, is_isolated=options.isolation == "full"
+            ),
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,
@@ -618,6 +622,20 @@ class PoolManager:
             return await self.get_pool(name)
         except (ValueError, PoolNotFoundError) as error:
             raise SlotNotFoundError(f"there is no slot {slot_id!r}: {error}", slot_id=slot_id) from None
+
+
+def _refuse_change(stored: Pool | None, options: PoolOptions) -> None:
+    """Refuse another kind of isolation for slots that exist: a lessee may be in one of them this moment."""
+    if stored is None:
+        return
+    was = PoolOptions.from_mapping(stored.options)
+    for key in ("isolation", "run_as"):
+        if getattr(was, key) != getattr(options, key):
+            raise ConfigError(
+                f"{stored.repo_name}: {key} is {getattr(was, key)} and stays so as long as the pool exists; "
+                f"delete_pool first, or give {key}={getattr(was, key)}",
+                key=key,
+            )
 
 
 def _usable_directory(directory: str, locks: str) -> None:

@@ -18,11 +18,12 @@ from repopool_async._clock import now, wall_minus_boot_ns
 from repopool_async._git import GitRunner
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError
-from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
+from repopool_async.git_directory import GitDirectory, lessee_steps, own_pack_steps, pristine_steps
 from repopool_async.hosts.base import (
     Discard,
     FileKind,
     FileStat,
+    FileStep,
     Host,
     MakeDirectory,
     RemoveFile,
@@ -35,6 +36,7 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
 from repopool_async.refs import RefsSnapshot
 from repopool_async.workspaces.base import Checkout, Rung, Work
+from repopool_async.workspaces.own_objects import OwnObjects
 
 _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
@@ -80,17 +82,19 @@ class CloneWorkspace:
 
     Args:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
+        is_isolated: give every slot objects of its own instead.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror) -> None:
+    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, is_isolated: bool = False) -> None:
         self._host = host
         self._git = git
         self._mirror = mirror
+        self._own = OwnObjects(host, git, mirror) if is_isolated else None
 
     @property
     def owns_objects(self) -> bool:
         """See `WorkspaceStrategy.owns_objects`."""
-        return False
+        return self._own is not None
 
     async def default_checkout(self) -> Checkout:
         """See `WorkspaceStrategy.default_checkout`."""
@@ -101,7 +105,7 @@ class CloneWorkspace:
         """See `WorkspaceStrategy.provision`."""
         paths = _Paths(slot.path)
         await self._sweep_beside(paths)
-        await self._renew_pristine(paths)
+        await self._renew_pristine(slot)
         beside = f"{slot.path}.new-{secrets.token_hex(4)}"
         await self._host.apply([MakeDirectory(beside)])
         await self._check_out(slot, checkout, tree=beside)
@@ -118,12 +122,12 @@ class CloneWorkspace:
             if seal.branch == checkout.branch and seal.refs_generation == snapshot.generation:
                 return Work(steps=("warm",), warm=True)
             await self._check_pristine(slot)
-            await self._install(slot, checkout)
+            await self._install(slot, checkout, is_sealed=True)
             return Work(steps=("refs renewed",), warm=True)
         await self._check_pristine(slot)
         await self._check_out(slot, checkout)
         await self._note_settled(slot, seal, checkout.commit)
-        await self._install(slot, checkout)
+        await self._install(slot, checkout, is_sealed=True)
         return Work(steps=("checked out",))
 
     async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
@@ -131,6 +135,8 @@ class CloneWorkspace:
         if rung >= Rung.REBUILD_MIRROR:
             await self._mirror.rebuild()
             await self._require(slot, checkout)
+        if rung >= Rung.RECLONE and self._own is not None:
+            await self._host.apply([Discard(self._own.path(slot), _Paths(slot.path).trash)])
         if rung >= Rung.RECREATE_TREE:
             return await self.provision(slot, checkout)
         paths = _Paths(slot.path)
@@ -139,9 +145,11 @@ class CloneWorkspace:
             raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
         since = await self._trusted_mark(slot.seal) if rung is Rung.CLEAN else None
         if since is None:
-            await self._renew_pristine(paths)
+            await self._renew_pristine(slot)
         else:
             await self._check_pristine(slot)
+        if self._own is not None:
+            await self._own.tidy(slot)
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
@@ -184,6 +192,10 @@ class CloneWorkspace:
         try:
             await self._check_pristine(slot)
             problems = await self._differences(slot, tree=slot.path)
+            own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns)
+            problems += [f"changed since the seal: .git/{name}" for name in own.changed]
+            if self._own is not None:
+                problems += await self._own.find_damage(slot)
         except (CleanupError, GitOperationError, OSError) as error:
             return [str(error)]
         head = await self._host.read_bytes(f"{slot.path}/.git/HEAD", limit=4096)
@@ -235,6 +247,7 @@ class CloneWorkspace:
         """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
         paths = _Paths(slot.path)
         tree = tree or slot.path
+        await self._snapshot_with(slot, checkout)
         await self._host.apply(
             [RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", f"{checkout.commit}\n".encode())]
         )
@@ -307,9 +320,19 @@ class CloneWorkspace:
 
     # -- the git directories -------------------------------------------------------------------------------------
 
-    async def _renew_pristine(self, paths: _Paths) -> None:
+    async def _snapshot_with(self, slot: Slot, checkout: Checkout) -> RefsSnapshot:
+        """Return the refs that the slot can show, having brought it what they lead to where it borrows nothing."""
+        if self._own is None:
+            return await self._mirror.snapshot()
+        return await self._own.bring_up_to_date(slot, checkout.commit, trash=_Paths(slot.path).trash)
+
+    def _objects(self, slot: Slot) -> str:
+        return self._mirror.objects if self._own is None else f"{self._own.path(slot)}/objects"
+
+    async def _renew_pristine(self, slot: Slot) -> None:
+        paths = _Paths(slot.path)
         snapshot = await self._mirror.snapshot()
-        steps = pristine_steps(paths.git, alternates=self._mirror.objects, object_format=snapshot.object_format)
+        steps = pristine_steps(paths.git, alternates=self._objects(slot), object_format=snapshot.object_format)
         await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
 
     async def _check_pristine(self, slot: Slot) -> None:
@@ -339,17 +362,23 @@ class CloneWorkspace:
                 slot_id=slot.slot_id,
             )
 
-    async def _install(self, slot: Slot, checkout: Checkout) -> None:
-        """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way."""
+    async def _install(self, slot: Slot, checkout: Checkout, *, is_sealed: bool = False) -> None:
+        """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way.
+
+        Args:
+            is_sealed: whether no lessee could have written to the one that is there.
+        """
         paths = _Paths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
         for attempt in (1, 2):
-            shows = self._git_directory(checkout, await self._mirror.snapshot())
+            shows = self._git_directory(slot, checkout, await self._snapshot_with(slot, checkout))
+            moves, shows = await self._object_steps(slot, shows, is_sealed=is_sealed)
             try:
                 await self._host.apply(
                     [
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
+                        *moves,
                         Discard(f"{slot.path}/.git", paths.trash),
                         Rename(outgoing, f"{slot.path}/.git"),
                     ]
@@ -361,7 +390,39 @@ class CloneWorkspace:
             else:
                 return
 
-    def _git_directory(self, checkout: Checkout, snapshot: RefsSnapshot) -> GitDirectory:
+    async def _object_steps(
+        self, slot: Slot, shows: GitDirectory, *, is_sealed: bool
+    ) -> tuple[list[FileStep], GitDirectory]:
+        """Say how the lessee comes by objects of its own: those that lie in the sealed tree stay, new ones are copied.
+
+        Returns:
+            Steps to take after those of the git directory, and what that is to show.
+        """
+        if self._own is None:
+            return [], shows
+        packs = tuple(await self._own.pack_files(slot))
+        present = await self._sealed_packs(slot) if is_sealed else frozenset()
+        if not present or not present <= set(packs):
+            return [], attrs.evolve(shows, own_packs=packs)
+        outgoing = f"{_Paths(slot.path).pristine}/outgoing"
+        added = attrs.evolve(shows, own_packs=tuple(name for name in packs if name not in present))
+        steps: list[FileStep] = [
+            Discard(f"{outgoing}/objects", _Paths(slot.path).trash),
+            Rename(f"{slot.path}/.git/objects", f"{outgoing}/objects"),
+            *own_pack_steps(outgoing, added),
+        ]
+        return steps, attrs.evolve(shows, own_packs=())
+
+    async def _sealed_packs(self, slot: Slot) -> frozenset[str]:
+        """Return the packs in a sealed tree that nobody has touched since the seal."""
+        assert slot.seal is not None
+        objects = f"{slot.path}/.git/objects"
+        inspection = await self._host.inspect_tree(objects, since_ns=slot.seal.settled_ns)
+        if inspection.changed or inspection.changed_directories or inspection.special:
+            return frozenset()
+        return frozenset(await self._host.list_directory(f"{objects}/pack"))
+
+    def _git_directory(self, slot: Slot, checkout: Checkout, snapshot: RefsSnapshot) -> GitDirectory:
         return GitDirectory(
             commit=checkout.commit,
             branch=checkout.branch,
@@ -370,7 +431,7 @@ class CloneWorkspace:
             url=self._mirror.url,
             remotes=self._mirror.remotes,
             packed_refs=snapshot.packed_refs,
-            alternates=self._mirror.objects,
+            alternates=self._objects(slot),
             object_format=snapshot.object_format,
             at=now(),
         )
