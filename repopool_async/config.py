@@ -33,7 +33,6 @@ UNSUPPORTED: Final = frozenset(
         "salvage_days",
         "salvage_limit",
         "disk_limit",
-        "run_as",
         "submodules",
         "lfs",
         "sparse",
@@ -491,7 +490,7 @@ class PoolOptions:
         "shared: slots borrow the mirror's objects; full: each has its own, at the price of twice the history's size a "
         "slot and of copying it once a return",
     )
-    run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as")
+    run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as; only root can do that")
     submodules: bool = _option(_FLAG, False, "whether submodules are checked out")
     lfs: bool = _option(_FLAG, False, "whether Git LFS files are fetched")
     sparse: tuple[str, ...] = _option(_INNER_PATHS, (), "the only directories to check out")

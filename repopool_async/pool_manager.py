@@ -50,6 +50,7 @@ from repopool_async.models import (
     parse_slot_id,
 )
 from repopool_async.repo_pool import RepoPool, Unset
+from repopool_async.run_as import RunAs
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
 from repopool_async.slot_keeper import Components
@@ -228,7 +229,18 @@ class PoolManager:
     async def _adopt(self, name: str) -> RepoPool:
         stored = await self._store.load_pool(name)
         options = PoolOptions.from_mapping(stored.options)
-        return self._register(stored, options, None)
+        return self._register(stored, options, None, await self._established(options))
+
+    async def _established(self, options: PoolOptions) -> RunAs | None:
+        """Find the user that a pool's lessees run as, where it names one; raises as `RunAs.establish`."""
+        if options.run_as is None:
+            return None
+        return await RunAs.establish(
+            options.run_as,
+            host=self._host,
+            workspaces_dir=self._store.workspaces_directory,
+            is_isolated=options.isolation == "full",
+        )
 
     async def _bring_up(self, name: str) -> None:
         spec = self.config.pools[name]
@@ -294,7 +306,7 @@ class PoolManager:
             record = stored or Pool(repo_name=name, repo_url=url, num_slots=options.num_slots, created_at=now())
             record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed())
             if pool is None:
-                pool = self._register(record, options, credentials)
+                pool = self._register(record, options, credentials, await self._established(options))
             else:
                 pool.reconfigure(record, options)
             await self._fill(pool, record, is_new=stored is None)
@@ -322,7 +334,9 @@ class PoolManager:
         except PoolNotFoundError:
             return None
 
-    def _register(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
+    def _register(
+        self, record: Pool, options: PoolOptions, credentials: Credentials | None, run_as: RunAs | None
+    ) -> RepoPool:
         """Assemble a pool's components."""
         name = record.repo_name
         runner = GitRunner(
@@ -347,12 +361,13 @@ class PoolManager:
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
             workspace=CloneWorkspace(
-                host=self._host, git=runner, mirror=mirror, is_isolated=options.isolation == "full"
+                host=self._host, git=runner, mirror=mirror, is_isolated=options.isolation == "full", run_as=run_as
             ),
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,
             rebuild_always=options.rebuild_always,
+            run_as=run_as,
         )
         parts = Components(
             host=self._host,
@@ -364,6 +379,7 @@ class PoolManager:
             lessee_git=lessee_git,
             emit=self._bus.emit,
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
+            run_as=run_as,
         )
         pool = self._pools[name] = RepoPool(record, options, parts)
         return pool

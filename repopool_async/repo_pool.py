@@ -364,7 +364,15 @@ class RepoPool:
         async def renew(ttl: float | None) -> Lease:
             return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        leased = LeasedSlot(grant.slot, grant.lease, host=self._parts.host, git=self._parts.lessee_git, renew=renew)
+        run_as = self._parts.run_as
+        leased = LeasedSlot(
+            grant.slot,
+            grant.lease,
+            host=self._parts.host if run_as is None else run_as.host_for(grant.slot),
+            git=self._parts.lessee_git if run_as is None else run_as.git_for(grant.slot),
+            renew=renew,
+            inherited=None if run_as is None else run_as.environment(grant.slot),
+        )
         opened = _Open(grant, leased, boottime())
         self._open[grant.lease.lease_id] = opened
         return opened

@@ -30,6 +30,7 @@ from repopool_async.hosts.base import Host
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
+from repopool_async.run_as import RunAs
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
@@ -70,6 +71,7 @@ class SlotCleaner:
         store: where the clean-up log is written; found from the slot's path where missing.
         callbacks: of the pool's owner. on_event: told of what happens, a kind and fields.
         rebuild_always: make the tree anew after every lease, whatever became of the old one.
+        run_as: the user that lessees run as, where it is another.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class SlotCleaner:
         callbacks: Callbacks | None = None,
         on_event: Callable[[str, dict[str, object]], None] | None = None,
         rebuild_always: bool = False,
+        run_as: RunAs | None = None,
     ) -> None:
+        self._run_as = run_as
         self.rebuild_always = rebuild_always
         self._git = git
         self._host: Host = git.runner.host
@@ -218,11 +222,20 @@ class SlotCleaner:
 
     async def _end_lease(self, slot: Slot) -> Rung:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
-        first = Rung.RECREATE_TREE if self.rebuild_always else Rung.CLEAN
-        if slot.lease is None:
+        # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
+        first = Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
+        if slot.lease is None and self._run_as is None:
             return first
-        mark = f"{LEASE_MARK}={slot.lease.lease_id}"
-        ended = await self._host.end_processes(mark=mark, tree=slot.path)
+        mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
+        group = self._run_as.group_of(slot) if self._run_as is not None else None
+        ended = await self._host.end_processes(mark=mark, tree=slot.path, group=group)
+        if ended.survivors and self._run_as is not None:
+            raise CleanupError(
+                f"{slot.slot_id}: processes of its last lease cannot be ended: {ended.survivors}; end them, then "
+                f"repair_slot",
+                slot_id=slot.slot_id,
+                repo_name=slot.repo_name,
+            )
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:

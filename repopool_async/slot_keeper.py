@@ -22,6 +22,7 @@ from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Slot, SlotState, make_slot_id
+from repopool_async.run_as import RunAs
 from repopool_async.slot_allocator import SlotAllocator, available, broken
 from repopool_async.slot_cleaner import SlotCleaner
 from repopool_async.slot_store import SlotStore
@@ -41,6 +42,7 @@ class Components:
     Attributes:
         lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
         cleaning: bounds how many slots are cleaned or made at once.
+        run_as: the user that lessees run as, where it is another.
     """
 
     host: Host
@@ -52,6 +54,7 @@ class Components:
     lessee_git: GitOperations
     emit: Callable[[str, Mapping[str, Any]], None]
     cleaning: asyncio.Semaphore
+    run_as: RunAs | None = None
 
 
 class SlotKeeper:

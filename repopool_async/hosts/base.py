@@ -106,7 +106,29 @@ class RemoveFile:
     path: str
 
 
-FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile
+@attrs.frozen
+class SetAccess:
+    """Set owner, group and permissions of a file or directory; a link is refused. Only root may give things away."""
+
+    path: str
+    uid: int
+    gid: int
+    mode: int
+
+
+@attrs.frozen
+class GiveTree:
+    """Give a directory and everything in it to a user, links themselves and not what they lead to.
+
+    Nobody else may be changing it meanwhile.
+    """
+
+    path: str
+    uid: int
+    gid: int
+
+
+FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile | SetAccess | GiveTree
 
 
 @attrs.frozen
@@ -167,10 +189,12 @@ class EndedProcesses:
     Attributes:
         killed: pids ended because they bore the lease's mark.
         bystanders: `pid name` of processes that are not the lease's but stand in the tree or hold files of it open.
+        survivors: pids of the lease's own that could not be ended.
     """
 
     killed: tuple[int, ...] = ()
     bystanders: tuple[str, ...] = ()
+    survivors: tuple[int, ...] = ()
 
 
 class HostProcess(Protocol):
@@ -327,11 +351,14 @@ class Host(Protocol):
     async def file_system_clock_ns(self, directory: str) -> int:
         """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now."""
 
-    async def end_processes(self, *, mark: str, tree: str, grace_seconds: float = 2.0) -> EndedProcesses:
+    async def end_processes(
+        self, *, mark: str, tree: str, grace_seconds: float = 2.0, group: int | None = None
+    ) -> EndedProcesses:
         """End every process whose environment contains `mark`, and look for others that stand in `tree`.
 
         Args:
             mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
+            group: whatever is in this group is ended too.
         """
 
     async def is_network_file_system(self, path: str) -> bool:

@@ -35,6 +35,7 @@ from repopool_async.hosts.base import (
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
 from repopool_async.refs import RefsSnapshot
+from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout, Rung, Work
 from repopool_async.workspaces.own_objects import OwnObjects
 
@@ -83,9 +84,19 @@ class CloneWorkspace:
     Args:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
         is_isolated: give every slot objects of its own instead.
+        run_as: whom trees belong to, where that is another user; nothing that user ever had is used again.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, is_isolated: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        host: Host,
+        git: GitRunner,
+        mirror: Mirror,
+        is_isolated: bool = False,
+        run_as: RunAs | None = None,
+    ) -> None:
+        self._run_as = run_as
         self._host = host
         self._git = git
         self._mirror = mirror
@@ -104,6 +115,7 @@ class CloneWorkspace:
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.provision`."""
         paths = _Paths(slot.path)
+        await self._secure(slot)
         await self._sweep_beside(paths)
         await self._renew_pristine(slot)
         beside = f"{slot.path}.new-{secrets.token_hex(4)}"
@@ -112,6 +124,7 @@ class CloneWorkspace:
         await self._verify_clean(slot, tree=beside)
         await self._host.apply([Discard(slot.path, paths.trash), Rename(beside, slot.path)])
         await self._install(slot, checkout)
+        await self._secure(slot)
         return Work(steps=("tree made anew",))
 
     async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
@@ -137,7 +150,7 @@ class CloneWorkspace:
             await self._require(slot, checkout)
         if rung >= Rung.RECLONE and self._own is not None:
             await self._host.apply([Discard(self._own.path(slot), _Paths(slot.path).trash)])
-        if rung >= Rung.RECREATE_TREE:
+        if rung >= Rung.RECREATE_TREE or self._run_as is not None:
             return await self.provision(slot, checkout)
         paths = _Paths(slot.path)
         root = await self._host.stat(slot.path)
@@ -259,7 +272,19 @@ class CloneWorkspace:
                 WriteFile(paths.gitlinks, b"".join(name.encode(errors="surrogateescape") + b"\0" for name in gitlinks)),
             ]
         )
+        await self._give(slot, tree)
         await self._mirror.keep(slot.slot_id, checkout.commit)
+
+    async def _secure(self, slot: Slot) -> None:
+        """Keep the user's other leases out before a tree is given to it, and shut away what was made meanwhile."""
+        if self._run_as is not None:
+            await self._run_as.secure(slot)
+
+    async def _give(self, slot: Slot, tree: str) -> None:
+        """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""
+        if self._run_as is not None:
+            await self._host.apply([self._run_as.give(tree)])
+            await self._run(slot, "update-index", "-q", "--refresh", tree=tree)
 
     async def _verify_clean(self, slot: Slot, *, tree: str) -> None:
         problems = await self._differences(slot, tree=tree)
@@ -379,6 +404,7 @@ class CloneWorkspace:
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
                         *moves,
+                        *([] if self._run_as is None else [self._run_as.give(outgoing)]),
                         Discard(f"{slot.path}/.git", paths.trash),
                         Rename(outgoing, f"{slot.path}/.git"),
                     ]
