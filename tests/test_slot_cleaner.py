@@ -552,3 +552,24 @@ async def test_a_remote_in_trouble_harms_no_good_slot(manager: PoolManager, orig
     assert (await manager.check("web"))["web/mirror.git"]
     assert await manager.check("web") == {}
     await assert_like_a_clone(manager, origin)
+
+
+async def test_a_tree_that_cannot_be_moved_away_is_quarantined_and_nothing_is_left_beside_it(
+    manager: PoolManager, origin: Path, tmp_path: Path
+) -> None:
+    await manager.create_pool("web", str(origin))
+    tree = slot_directory(tmp_path) / "tree"
+    async with manager.lease("web"):
+        if subprocess.run(["chattr", "+i", str(tree)], check=False).returncode != 0:
+            pytest.skip("no immutable files here (needs root and chattr)")
+    try:
+        await manager.wait_clean()
+        status = await manager.get_slot_status(SLOT)
+        assert status.state is SlotState.ERROR
+        assert status.error is not None
+        assert "Operation not permitted" in status.error
+        assert [path.name for path in slot_directory(tmp_path).glob("tree*")] == ["tree"]
+    finally:
+        subprocess.run(["chattr", "-i", str(tree)], check=True)
+    await manager.repair_slot(SLOT)
+    await assert_like_a_clone(manager, origin)

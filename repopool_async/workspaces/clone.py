@@ -120,9 +120,13 @@ class CloneWorkspace:
         await self._renew_pristine(slot)
         beside = f"{slot.path}.new-{secrets.token_hex(4)}"
         await self._host.apply([MakeDirectory(beside)])
-        await self._check_out(slot, checkout, tree=beside)
-        await self._verify_clean(slot, tree=beside)
-        await self._host.apply([Discard(slot.path, paths.trash), Rename(beside, slot.path)])
+        try:
+            await self._check_out(slot, checkout, tree=beside)
+            await self._verify_clean(slot, tree=beside)
+            await self._host.apply([Discard(slot.path, paths.trash), Rename(beside, slot.path)])
+        except BaseException:
+            await self._host.apply([Discard(beside, paths.trash)])
+            raise
         await self._install(slot, checkout)
         await self._secure(slot)
         return Work(steps=("tree made anew",))
