@@ -33,12 +33,9 @@ UNSUPPORTED: Final = frozenset(
         "salvage_days",
         "salvage_limit",
         "disk_limit",
-        "isolation",
-        "run_as",
         "lfs",
         "sparse",
         "history",
-        "rebuild_always",
         "leak_warning",
         "hosts",
         "coordination",
@@ -490,9 +487,12 @@ class PoolOptions:
     salvage_limit: int = _option(_SIZE_LIMIT, 1 << 30, "how much of one lease's work is saved")
     disk_limit: int | None = _option(_or_none(_SIZE_LIMIT), None, "how much disk the pool may use")
     isolation: Literal["shared", "full"] = _option(
-        _choice("shared", "full"), "shared", "whether slots share the mirror's objects"
+        _choice("shared", "full"),
+        "shared",
+        "shared: slots borrow the mirror's objects; full: each has its own, at the price of twice the history's size a "
+        "slot and of copying it once a return",
     )
-    run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as")
+    run_as: str | None = _option(_or_none(_TEXT), None, "user that lessees' commands run as; only root can do that")
     submodules: bool = _option(_FLAG, False, "whether submodules are checked out, nested ones too")
     lfs: bool = _option(_FLAG, False, "whether Git LFS files are fetched")
     sparse: tuple[str, ...] = _option(_INNER_PATHS, (), "the only directories to check out")
@@ -502,7 +502,9 @@ class PoolOptions:
     cleanup: Literal["background", "inline"] = _option(
         _choice("background", "inline"), "background", "whether leaving a lease waits for its clean-up"
     )
-    rebuild_always: bool = _option(_FLAG, False, "whether every lease gets a tree made from nothing")
+    rebuild_always: bool = _option(
+        _FLAG, False, "whether every return makes the tree anew, in inodes nobody holds open; it costs a check-out"
+    )
     leak_warning: float | None = _option(_or_none(_duration()), None, "age at which a lease's origin is reported")
     hosts: tuple[str, ...] = _option(_list_of(_TEXT), (), "machines that hold the slots")
     coordination: str | None = _option(_or_none(_SECRET_TEXT), None, "database that machines share", repr=False)
@@ -519,6 +521,8 @@ class PoolOptions:
             raise _located("means nothing without max_slots", ("idle_seconds",))
         if self.setup_key and self.setup is None:
             raise _located("means nothing without setup", ("setup_key",))
+        if self.isolation == "full" and self.history != "full":
+            raise _located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "PoolOptions":

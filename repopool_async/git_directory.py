@@ -48,7 +48,8 @@ class GitDirectory:
         default_commit: the commit of that branch.
         url: of `origin`. remotes: further remotes, name to URL.
         packed_refs: path of the file to copy as `packed-refs`.
-        alternates: the object directory to borrow from.
+        alternates: the object directory to borrow from. own_packs: names of its pack files to copy instead, so that
+            nothing is borrowed; None borrows.
         object_format: `sha1` or `sha256`.
         at: the time that reflogs tell.
         submodules: those initialised, in order of their paths; None where submodules are left alone.
@@ -68,6 +69,7 @@ class GitDirectory:
     alternates: str
     object_format: str
     at: datetime
+    own_packs: tuple[str, ...] | None = None
     submodules: tuple[SubmoduleEntry, ...] | None = None
     worktree: str | None = None
     cloned_commit: str | None = None
@@ -90,8 +92,9 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
     files: dict[str, str] = {
         "config": _config(shows),
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
-        "objects/info/alternates": f"{shows.alternates}\n",
     }
+    if shows.own_packs is None:
+        files["objects/info/alternates"] = f"{shows.alternates}\n"
     log_line = _log_line(shows, shows.cloned_commit or shows.commit)
     files["logs/HEAD"] = log_line + _checkout_line(shows)
     if shows.cloned_commit and shows.default_branch:
@@ -112,9 +115,16 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
         ),
         CopyFile(shows.packed_refs, f"{path}/packed-refs"),
         CopyFile(index, f"{path}/index"),
+        *own_pack_steps(path, shows),
         # Where the mirror's history is cut off, the lessee's git must know.
         CopyFile(f"{shows.alternates.rpartition('/')[0]}/shallow", f"{path}/shallow", is_optional=True),
     ]
+
+
+def own_pack_steps(path: str, shows: GitDirectory) -> list[FileStep]:
+    """Return the steps that copy packs into the git directory at `path`; an index last, for git looks for those."""
+    names = sorted(shows.own_packs or (), key=lambda name: name.endswith(".idx"))
+    return [CopyFile(f"{shows.alternates}/pack/{name}", f"{path}/objects/pack/{name}") for name in names]
 
 
 def pristine_steps(path: str, *, alternates: str, object_format: str) -> list[FileStep]:

@@ -51,6 +51,7 @@ class LeasedSlot:
         host: Host,
         git: GitOperations,
         renew: Callable[[float | None], Coroutine[Any, Any, Lease]],
+        inherited: Mapping[str, str] | None = None,
     ) -> None:
         self.slot_id: Final = slot.slot_id
         self.repo_name: Final = slot.repo_name
@@ -64,6 +65,7 @@ class LeasedSlot:
         self._host = host
         self._git = GitOperations(runner=git.runner.with_environment(**self._marks()))
         self._renew = renew
+        self._inherited = inherited
         self._is_released = False
 
     def __repr__(self) -> str:
@@ -98,7 +100,7 @@ class LeasedSlot:
             argv: the command and its arguments; no shell.
             check: raise where the exit code is not 0.
             timeout: seconds.
-            env: variables to add to this process's environment.
+            env: variables to add to this process's environment (with `run_as`, to the user's).
             input: given on standard input, which is otherwise empty.
             capture: keep output (the last 64 MiB) in the result; otherwise it goes to this process's own.
 
@@ -206,7 +208,8 @@ class LeasedSlot:
         return self._tree
 
     def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in _LOCATION_VARIABLES}
+        source = os.environ if self._inherited is None else self._inherited
+        inherited = {name: value for name, value in source.items() if name not in _LOCATION_VARIABLES}
         return {**inherited, **(extra or {}), **self._marks(), "PWD": self._tree}
 
     def _marks(self) -> dict[str, str]:

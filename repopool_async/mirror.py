@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -26,22 +27,30 @@ from repopool_async._git_arguments import Credentials, validate_ref
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     EmptyRepositoryError,
+    GitMirrorDamagedError,
     GitOperationError,
     GitRefMissingError,
     GitSlotDamagedError,
     ManagerClosedError,
     UnknownRefError,
 )
-from repopool_async.hosts.base import Discard, Host, MakeDirectory, RemoveFile, Rename, WriteFile
+from repopool_async.hosts.base import Discard, FileStat, Host, MakeDirectory, RemoveFile, Rename, WriteFile
 from repopool_async.lock_manager import LockManager
+from repopool_async.mirror_repair import Carried, carry_over, find_damage
 from repopool_async.models import GitResult, ResolvedRef
 from repopool_async.refs import FULL_ID, REMOTE_HEAD, RefsSnapshot, look_up, packed_refs, parse_packed_refs
+
+_log: Final = logging.getLogger("repopool")
 
 _HEADS: Final = "+refs/heads/*:refs/heads/*"
 _TAGS: Final = "+refs/tags/*:refs/tags/*"
 _COLLECT_SECONDS: Final = 0.025
 _SNAPSHOT_LIMIT: Final = 512 * 1024 * 1024
 _SNAPSHOTS_KEPT: Final = 8
+_REBUILD_PAUSE_SECONDS: Final = 60.0
+"""How soon a fetch that finds damage may clone anew again: what the remote itself is missing no clone mends."""
+_LONG_AGO: Final = -1e15
+_DAMAGE: Final = (GitMirrorDamagedError, GitSlotDamagedError)
 _SHORT_ID: Final = re.compile(r"[0-9a-f]{4,63}")
 _MIRROR_CONFIG: Final[Mapping[str, str]] = {
     "gc.auto": "0",
@@ -55,7 +64,11 @@ _MIRROR_CONFIG: Final[Mapping[str, str]] = {
 
 @attrs.frozen
 class _State:
-    """What `repopool/state.json` in the mirror holds; replaced as a whole after each fetch."""
+    """What `repopool/state.json` in the mirror holds; replaced as a whole after each fetch.
+
+    Attributes:
+        build: names this mirror; one that was made anew, or whose state was, has another.
+    """
 
     generation: str
     default_branch: str | None
@@ -63,6 +76,7 @@ class _State:
     object_format: str
     boot_id: str
     spawned_boottime: float
+    build: str = ""
 
 
 @attrs.define(eq=False)
@@ -117,6 +131,7 @@ class Mirror:
         self._snapshot: RefsSnapshot | None = None
         self._snapshot_stamp: tuple[int, int] | None = None
         self._known_commits: set[str] = set()
+        self._built_at = _LONG_AGO
         self.fetch_count = 0
         self._lock_id = lock_id or f"mirror-{repo_name}"
         self._trash = trash or f"{path.rpartition('/')[0]}/trash"
@@ -150,10 +165,27 @@ class Mirror:
     async def rebuild(self) -> None:
         """Clone the mirror anew beside the old one and swap the two (the last rung before giving up).
 
-        Slots that borrow from it keep their path; commits that only the old one had are gone.
+        Slots that borrow from it keep their path, and commits that only the old one had, as far as they are whole.
+        Where somebody else has just done it, nothing is done again. On an error the old one stays as it was.
+
+        Raises:
+            GitOperationError: the remote could not be cloned.
         """
+        seen = await self._host.stat(self.path)
         async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
-            await self._build()
+            if _is_same(seen, await self._host.stat(self.path)):
+                await self._build()
+
+    async def repair(self) -> None:
+        """Bring back what `check` found wrong: what can be told from the refs here, anything else from the remote.
+
+        Raises:
+            GitOperationError: the remote could not be cloned; nothing has changed.
+        """
+        self._snapshot = None  # looked at anew, whatever we remember
+        await self.snapshot()
+        if await find_damage(self._git, self.path):
+            await self.rebuild()
 
     async def fetch(self) -> None:
         """Bring the mirror up to date with all its remotes, sharing one git with everybody who asks at the same time.
@@ -201,8 +233,10 @@ class Mirror:
     async def snapshot(self) -> RefsSnapshot:
         """Return the refs as of the last fetch, this process's or another's; cheap when nothing changed.
 
+        Where they cannot be read, the mirror is mended, if need be from the remote.
+
         Raises:
-            GitSlotDamagedError: there is no usable mirror.
+            GitOperationError: there is no usable mirror, and none could be made.
         """
         stat = await self._host.stat(f"{self.path}/repopool/state.json")
         stamp = (stat.inode, stat.mtime_ns) if stat else None
@@ -265,13 +299,18 @@ class Mirror:
             await self._run("repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index")
             await self._run("pack-refs", "--all")
 
-    async def check(self) -> None:
-        """Verify that every ref's history is complete and every object intact (slow: reads everything).
+    async def check(self) -> list[str]:
+        """Return what is wrong with the mirror, a line each; nothing where all is well.
 
-        Raises:
-            GitMirrorDamagedError: it is not.
+        Slow: every object is read and compared with its name, and every ref's history followed.
         """
-        await self._run("fsck", "--connectivity-only", "--no-dangling", "--no-progress")
+        if await self._host.stat(f"{self.path}/HEAD") is None:
+            return [f"{self.path} is missing"]
+        return [*await self._state_problems(), *await find_damage(self._git, self.path)]
+
+    async def has(self, commit: str) -> bool:
+        """Return whether a commit is here."""
+        return await self._peel(commit) is not None
 
     async def aclose(self) -> None:
         """End a fetch under way, of submodules too; its waiters are told."""
@@ -323,15 +362,29 @@ class Mirror:
         try:
             spawned = boottime()
             await self._clone_into(temporary)
+            await self._carry_over(temporary)
             await self._take_snapshot(temporary, spawned=spawned)
             await self._host.apply(
                 [Discard(self.path, self._trash), Rename(temporary, self.path)],
             )
             built = True
+            self._known_commits.clear()
         finally:
             if not built:
                 with anyio.CancelScope(shield=True):
                     await self._host.remove_tree(temporary)
+
+    async def _carry_over(self, new: str) -> None:
+        """Save what leases stand on and the remote no longer has; whatever is wrong there, the new mirror counts."""
+        if await self._host.stat(self.path) is None:
+            return
+        try:
+            carried = await carry_over(self._git, self._host, old=self.path, new=new)
+        except (GitOperationError, OSError) as error:
+            _log.warning("%s: nothing could be saved from the old mirror: %s", self._repo_name, error)
+            return
+        if carried != Carried(saved=0, lost=0):
+            _log.warning("%s: only the old mirror had some commits: %s", self._repo_name, carried)
 
     async def _sweep_abandoned(self, pool_directory: str) -> None:
         """Remove what a killed builder left; we hold the lock, so no builder is alive."""
@@ -373,18 +426,27 @@ class Mirror:
         async with self._turn:
             flight.is_joinable = False
             async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
-                state = await self._read_state()
-                if state is None:
-                    await self._build()
-                elif state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
+                state = await self._read_state() or await self._mend()
+                if state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
                     await self._fetch_now(state)
 
     async def _fetch_now(self, state: _State) -> None:
         spawned = boottime()
         self.fetch_count += 1
         refspecs = [_HEADS, _TAGS] if state.head is None else [_HEADS, _TAGS, f"+HEAD:{REMOTE_HEAD}"]
-        await together(lambda: self._fetch_origin(refspecs), lambda: self._fetch_remotes(self.path))
-        await self._take_snapshot(self.path, spawned=spawned, known=state)
+        try:
+            await together(lambda: self._fetch_origin(refspecs), lambda: self._fetch_remotes(self.path))
+            await self._take_snapshot(self.path, spawned=spawned, known=state)
+        except _DAMAGE as error:
+            await self._build_after(error)
+
+    async def _build_after(self, error: GitOperationError) -> None:
+        """Clone anew because of damage, unless that has been done just now and so cannot be what helps."""
+        if boottime() - self._built_at < _REBUILD_PAUSE_SECONDS:
+            raise error
+        _log.warning("%s: the mirror is damaged and cloned anew: %s", self._repo_name, error)
+        await self._build()
+        self._built_at = boottime()
 
     async def _fetch_origin(self, refspecs: list[str]) -> None:
         try:
@@ -409,12 +471,20 @@ class Mirror:
 
     async def _fetch_extra(self, source: str, target: str) -> None:
         """Fetch one ref or commit that no refspec covers, into a ref of ours."""
-        async with self._turn, self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+
+        async def fetch() -> None:
             await self._git.run(
                 "fetch", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--no-recurse-submodules",
                 "--progress", "--update-shallow", "--end-of-options", "origin", f"+{source}:{target}",
                 git_dir=self.path, retry=True, repo_name=self._repo_name,
             )  # fmt: skip
+
+        async with self._turn, self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+            try:
+                await fetch()
+            except _DAMAGE as error:
+                await self._build_after(error)
+                await fetch()
 
     # -- the snapshot --------------------------------------------------------------------------------------------
 
@@ -424,10 +494,11 @@ class Mirror:
             "refs/heads", "refs/tags", "refs/remotes", REMOTE_HEAD, git_dir=directory,
         )).stdout.decode(errors="surrogateescape")  # fmt: skip
         packed, refs = packed_refs(await self._peel_nested_tags(listing, directory))
-        generation = hashlib.sha256(packed.encode(errors="surrogateescape")).hexdigest()[:20]
+        generation = _generation(packed.encode(errors="surrogateescape"))
         default_branch, head = await self._find_head(directory, refs, known)
         object_format = known.object_format if known else await self._object_format(directory)
-        state = _State(generation, default_branch, head, object_format, boot_id(), spawned)
+        build = known.build if known else secrets.token_hex(8)
+        state = _State(generation, default_branch, head, object_format, boot_id(), spawned, build)
         own = f"{directory}/repopool"
         steps: list[MakeDirectory | WriteFile] = [MakeDirectory(own)]
         if known is None or known.generation != generation:
@@ -480,7 +551,10 @@ class Mirror:
         await self._host.apply([RemoveFile(f"{own}/{name}") for _, name in aged[: -_SNAPSHOTS_KEPT or None]])
 
     async def _read_state(self) -> _State | None:
-        data = await self._host.read_bytes(f"{self.path}/repopool/state.json", limit=65536)
+        try:
+            data = await self._host.read_bytes(f"{self.path}/repopool/state.json", limit=65536)
+        except OSError:
+            return None
         if data is None:
             return None
         try:
@@ -491,13 +565,11 @@ class Mirror:
     async def _load_snapshot(self) -> RefsSnapshot:
         state = await self._read_state()
         if state is None:
-            raise GitSlotDamagedError(
-                f"{self._repo_name}: the mirror {self.path} is missing or unreadable; `repair` rebuilds it",
-                operation="snapshot", repo_name=self._repo_name,
-            )  # fmt: skip
+            async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+                state = await self._read_state() or await self._mend()
         path = f"{self.path}/repopool/refs-{state.generation}"
         data = await self._host.read_bytes(path, limit=_SNAPSHOT_LIMIT)
-        if data is None:
+        if data is None or _generation(data) != state.generation:
             await self._take_snapshot(
                 self.path, spawned=state.spawned_boottime, known=attrs.evolve(state, generation="")
             )
@@ -511,7 +583,37 @@ class Mirror:
             default_branch=state.default_branch,
             head=state.head,
             object_format=state.object_format,
+            build=state.build,
         )
+
+    # -- mending -------------------------------------------------------------------------------------------------
+
+    async def _mend(self) -> _State:
+        """Write the state anew, from the refs where they can be read, else from the remote; we hold the lock."""
+        try:
+            await self._take_snapshot(self.path, spawned=_LONG_AGO)
+        except (GitOperationError, OSError) as error:
+            _log.warning("%s: the mirror is damaged or missing and cloned anew: %s", self._repo_name, error)
+            await self._build()
+        state = await self._read_state()
+        if state is None:
+            raise GitMirrorDamagedError(
+                f"{self._repo_name}: {self.path}/repopool/state.json does not stay; see who writes there",
+                operation="snapshot", repo_name=self._repo_name,
+            )  # fmt: skip
+        return state
+
+    async def _state_problems(self) -> list[str]:
+        state = await self._read_state()
+        if state is None:
+            return ["repopool/state.json is missing or unreadable"]
+        name = f"refs-{state.generation}"
+        try:
+            data = await self._host.read_bytes(f"{self.path}/repopool/{name}", limit=_SNAPSHOT_LIMIT)
+        except OSError as error:
+            return [f"repopool/{name}: {error.strerror}"]
+        is_right = data is not None and _generation(data) == state.generation
+        return [] if is_right else [f"repopool/{name} is not what was written"]
 
     # -- resolving -----------------------------------------------------------------------------------------------
 
@@ -576,6 +678,14 @@ class Mirror:
 
     async def _run(self, *args: str, git_dir: str | None = None, ok: tuple[int, ...] = (0,)) -> GitResult:
         return await self._git.run(*args, git_dir=git_dir or self.path, ok_codes=ok, repo_name=self._repo_name)
+
+
+def _generation(packed: bytes) -> str:
+    return hashlib.sha256(packed).hexdigest()[:20]
+
+
+def _is_same(one: FileStat | None, other: FileStat | None) -> bool:
+    return (one and (one.device, one.inode)) == (other and (other.device, other.inode))
 
 
 def _told_to_waiters(name: str, error: BaseException) -> None:

@@ -83,6 +83,7 @@ class Seal:
         settled_ns: the same for the root and for what was checked out after the mark, before a lease.
         clock_offset_ns: wall clock minus boot clock at the seal; if it moved, ctimes prove nothing.
         tree_device, tree_inode: the tree that was sealed.
+        mirror_build: the mirror whose objects it was made of; nothing made of a damaged one is believed.
     """
 
     commit: str
@@ -94,6 +95,7 @@ class Seal:
     clock_offset_ns: int
     tree_device: int
     tree_inode: int
+    mirror_build: str = ""
 
 
 @attrs.frozen

@@ -23,6 +23,7 @@ from repopool_async.config import PoolConfig, PoolOptions, validate_repo_name
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.events import Event, EventBus
 from repopool_async.exceptions import (
+    ConfigError,
     ManagerClosedError,
     PlatformNotSupportedError,
     PoolExistsError,
@@ -49,6 +50,7 @@ from repopool_async.models import (
     parse_slot_id,
 )
 from repopool_async.repo_pool import RepoPool, Unset
+from repopool_async.run_as import RunAs
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
 from repopool_async.slot_keeper import Components
@@ -238,7 +240,18 @@ class PoolManager:
     async def _adopt(self, name: str) -> RepoPool:
         stored = await self._store.load_pool(name)
         options = PoolOptions.from_mapping(stored.options)
-        return self._register(stored, options, None)
+        return self._register(stored, options, None, await self._established(options))
+
+    async def _established(self, options: PoolOptions) -> RunAs | None:
+        """Find the user that a pool's lessees run as, where it names one; raises as `RunAs.establish`."""
+        if options.run_as is None:
+            return None
+        return await RunAs.establish(
+            options.run_as,
+            host=self._host,
+            workspaces_dir=self._store.workspaces_directory,
+            is_isolated=options.isolation == "full",
+        )
 
     async def _bring_up(self, name: str) -> None:
         spec = self.config.pools[name]
@@ -300,11 +313,12 @@ class PoolManager:
                     f"{name}: is already the pool of {stored.repo_url}; choose another name, or delete_pool first",
                     repo_name=name,
                 )
+            _refuse_change(stored, options)
             pool = self._pools.get(name)
             record = stored or Pool(repo_name=name, repo_url=url, num_slots=options.num_slots, created_at=now())
             record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed())
             if pool is None:
-                pool = self._register(record, options, credentials)
+                pool = self._register(record, options, credentials, await self._established(options))
             else:
                 pool.reconfigure(record, options)
                 self._offer(name, credentials)
@@ -334,7 +348,9 @@ class PoolManager:
         except PoolNotFoundError:
             return None
 
-    def _register(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
+    def _register(
+        self, record: Pool, options: PoolOptions, credentials: Credentials | None, run_as: RunAs | None
+    ) -> RepoPool:
         """Assemble a pool's components."""
         name = record.repo_name
         environment = self._environments.setdefault(name, {})
@@ -365,10 +381,19 @@ class PoolManager:
         )
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
-            workspace=CloneWorkspace(host=self._host, git=runner, mirror=mirror, submodules=submodules),
+            workspace=CloneWorkspace(
+                host=self._host,
+                git=runner,
+                mirror=mirror,
+                submodules=submodules,
+                is_isolated=options.isolation == "full",
+                run_as=run_as,
+            ),
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,
+            rebuild_always=options.rebuild_always,
+            run_as=run_as,
         )
         parts = Components(
             host=self._host,
@@ -382,6 +407,7 @@ class PoolManager:
             lessee_git=GitOperations(self._lessee_host),
             emit=self._emit,
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
+            run_as=run_as,
         )
         pool = self._pools[name] = RepoPool(record, options, parts)
         return pool
@@ -547,10 +573,12 @@ class PoolManager:
         return await (await self._pool_of(slot_id)).keeper.repair_slot(slot_id)
 
     async def check(self, repo_name: str | None = None) -> dict[str, list[str]]:
-        """Look at every inode of every AVAILABLE slot and repair those in which something is wrong.
+        """Look at every inode of every AVAILABLE slot and every object of the mirrors, and repair what is damaged.
+
+        It takes as long as reading the repository's whole history does.
 
         Returns:
-            Slot ids and what was wrong, for the slots that had something wrong.
+            What was wrong, by slot id and `<pool>/mirror.git`; nothing where all is well.
         """
         found: dict[str, list[str]] = {}
         for pool in await self._named(repo_name):
@@ -658,6 +686,20 @@ class PoolManager:
             return await self.get_pool(name)
         except (ValueError, PoolNotFoundError) as error:
             raise SlotNotFoundError(f"there is no slot {slot_id!r}: {error}", slot_id=slot_id) from None
+
+
+def _refuse_change(stored: Pool | None, options: PoolOptions) -> None:
+    """Refuse another kind of isolation for slots that exist: a lessee may be in one of them this moment."""
+    if stored is None:
+        return
+    was = PoolOptions.from_mapping(stored.options)
+    for key in ("isolation", "run_as"):
+        if getattr(was, key) != getattr(options, key):
+            raise ConfigError(
+                f"{stored.repo_name}: {key} is {getattr(was, key)} and stays so as long as the pool exists; "
+                f"delete_pool first, or give {key}={getattr(was, key)}",
+                key=key,
+            )
 
 
 def _usable_directory(directory: str, locks: str) -> None:

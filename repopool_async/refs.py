@@ -29,6 +29,7 @@ class RefsSnapshot:
         default_branch: the remote's, None where its HEAD is detached or absent.
         head: the commit of the remote's HEAD.
         object_format: `sha1` or `sha256`.
+        build: names the mirror; one made anew, after damage, has another.
     """
 
     generation: str
@@ -38,6 +39,7 @@ class RefsSnapshot:
     default_branch: str | None
     head: str | None
     object_format: str
+    build: str = ""
 
 
 def packed_refs(listing: str) -> tuple[str, dict[str, str]]:

@@ -370,8 +370,15 @@ class RepoPool:
         async def renew(ttl: float | None) -> Lease:
             return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        parts = self._parts
-        leased = LeasedSlot(grant.slot, grant.lease, host=parts.lessee_host, git=parts.lessee_git, renew=renew)
+        parts, run_as = self._parts, self._parts.run_as
+        leased = LeasedSlot(
+            grant.slot,
+            grant.lease,
+            host=parts.lessee_host if run_as is None else run_as.host_for(grant.slot),
+            git=parts.lessee_git if run_as is None else run_as.git_for(grant.slot),
+            renew=renew,
+            inherited=None if run_as is None else run_as.environment(grant.slot),
+        )
         opened = _Open(grant, leased, boottime())
         self._open[grant.lease.lease_id] = opened
         return opened
@@ -431,6 +438,7 @@ class RepoPool:
         self.record = record
         self.options = options
         self.keeper.options = options
+        self._parts.cleaner.rebuild_always = options.rebuild_always
 
     async def list_slots(self) -> list[Slot]:
         """Return the records of the pool's slots, by number (1.5)."""

@@ -18,9 +18,12 @@ from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
     GitAccessError,
+    GitContentionError,
     GitDiskFullError,
     GitMirrorDamagedError,
     GitOperationError,
+    GitRefMissingError,
+    GitTimeoutError,
     GitTransientError,
     PoolManagerError,
     SubmoduleError,
@@ -31,6 +34,7 @@ from repopool_async.hosts.base import Host
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
+from repopool_async.run_as import RunAs
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
@@ -45,6 +49,7 @@ SlotCallback = Callable[[Slot], Awaitable[None] | None]
 
 _NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
+_NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
 
 
 @attrs.frozen
@@ -70,6 +75,8 @@ class SlotCleaner:
             slot's mirror is found from its path.
         store: where the clean-up log is written; found from the slot's path where missing.
         callbacks: of the pool's owner. on_event: told of what happens, a kind and fields.
+        rebuild_always: make the tree anew after every lease, whatever became of the old one.
+        run_as: the user that lessees run as, where it is another.
     """
 
     def __init__(
@@ -80,7 +87,11 @@ class SlotCleaner:
         store: SlotStore | None = None,
         callbacks: Callbacks | None = None,
         on_event: Callable[[str, dict[str, object]], None] | None = None,
+        rebuild_always: bool = False,
+        run_as: RunAs | None = None,
     ) -> None:
+        self._run_as = run_as
+        self.rebuild_always = rebuild_always
         self._git = git
         self._host: Host = git.runner.host
         self._workspace = workspace
@@ -122,7 +133,7 @@ class SlotCleaner:
             raise
         except (PoolManagerError, OSError) as error:
             log.note(error)
-            result = await self._climb(log, slot, wanted, first=Rung.CLEAN)
+            result = await self._climb(log, slot, wanted, first=Rung.CLEAN, is_negotiable=False)
             await self._check(log, slot)
             return result
         await self._check(log, slot)
@@ -151,9 +162,8 @@ class SlotCleaner:
     async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
         """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
         await self._end_lease(slot)
-        return await self._climb(
-            _Log(slot, "repair"), slot, checkout or _standing(slot), first=Rung.RECREATE_TREE, falls_back=True
-        )
+        first = Rung.RECLONE if self._strategy(slot).owns_objects else Rung.RECREATE_TREE
+        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=first, falls_back=True)
 
     async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
@@ -181,9 +191,16 @@ class SlotCleaner:
     # -- the ladder ----------------------------------------------------------------------------------------------
 
     async def _climb(
-        self, log: "_Log", slot: Slot, checkout: Checkout, *, first: Rung, falls_back: bool = False
+        self,
+        log: "_Log",
+        slot: Slot,
+        checkout: Checkout,
+        *,
+        first: Rung,
+        falls_back: bool = False,
+        is_negotiable: bool = True,
     ) -> CleanupResult:
-        """Try rung after rung.
+        """Try rung after rung; where the commit is nowhere any more, and nobody insists on it, show the default.
 
         Args:
             falls_back: show the commit of the last seal where the one wanted cannot be had.
@@ -207,17 +224,24 @@ class SlotCleaner:
                 if isinstance(error, _NOT_THE_SLOTS_FAULT):
                     await self._failed(log, error)
                     raise
-                following = _next_rung(rung, error)
+                if is_negotiable and rung is Rung.REBUILD_MIRROR and isinstance(error, GitRefMissingError):
+                    return await self._show_default(log, slot)
+                following = _next_rung(rung, error, owns_objects=self._strategy(slot).owns_objects)
                 if following is None:
                     await self._failed(log, error)
-                    raise CleanupError(
-                        f"{slot.slot_id}: could not be cleaned ({_brief(error)}); it is quarantined, see its clean-up "
-                        f"log; `repair_slot` tries again",
-                        slot_id=slot.slot_id,
-                        repo_name=slot.repo_name,
-                    ) from error
-                rung = following
-                log.rung = rung
+                    if isinstance(error, GitRefMissingError):
+                        raise  # the lessee asked for what is gone; the slot is not to blame
+                    raise _quarantined(slot, error) from error
+                rung = log.rung = following
+
+    async def _show_default(self, log: "_Log", slot: Slot) -> CleanupResult:
+        try:
+            checkout = await self._strategy(slot).default_checkout()
+            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE)
+        except (PoolManagerError, OSError) as error:
+            log.note(error)
+            await self._failed(log, error)
+            raise _quarantined(slot, error) from error
 
     async def _try_rung(self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung) -> CleanupResult:
         trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
@@ -227,15 +251,27 @@ class SlotCleaner:
 
     async def _end_lease(self, slot: Slot) -> Rung:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
-        if slot.lease is None:
-            return Rung.CLEAN
-        mark = f"{LEASE_MARK}={slot.lease.lease_id}"
-        since = slot.lease.acquired_boottime if slot.lease.owner.boot_id == boot_id() else None
-        ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since)
+        # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
+        first = Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
+        if slot.lease is None and self._run_as is None:
+            return first
+        mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
+        group = self._run_as.group_of(slot) if self._run_as is not None else None
+        since = None
+        if slot.lease is not None and slot.lease.owner.boot_id == boot_id():
+            since = slot.lease.acquired_boottime
+        ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since, group=group)
+        if ended.survivors and self._run_as is not None:
+            raise CleanupError(
+                f"{slot.slot_id}: processes of its last lease cannot be ended: {ended.survivors}; end them, then "
+                f"repair_slot",
+                slot_id=slot.slot_id,
+                repo_name=slot.repo_name,
+            )
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:
-            return Rung.CLEAN
+            return first
         self._tell("slot.bystanders", slot_id=slot.slot_id, processes=ended.bystanders)
         return Rung.RECREATE_TREE
 
@@ -322,15 +358,28 @@ class _Log:
         )
 
 
-def _next_rung(rung: Rung, error: BaseException) -> Rung | None:
+def _next_rung(rung: Rung, error: BaseException, *, owns_objects: bool) -> Rung | None:
     """Return the next rung worth trying after an error, None at the end of the ladder or where climbing cannot help."""
     if isinstance(error, _NOT_HELPED_BY_CLIMBING) or rung is Rung.REBUILD_MIRROR:
         return None
     if isinstance(error, GitMirrorDamagedError):
-        return Rung.REBUILD_MIRROR
-    if rung is Rung.RECREATE_TREE and not isinstance(error, GitOperationError):
-        return None  # a new mirror does not mend a file system or a callback
-    return Rung(rung + 1)
+        # A wrong pointer to the objects looks the same: only once that is beyond suspicion is it the objects.
+        if rung < Rung.REBUILD_GIT:
+            return Rung.REBUILD_GIT
+        return Rung.RECLONE if owns_objects and rung < Rung.RECLONE else Rung.REBUILD_MIRROR
+    if rung >= Rung.RECREATE_TREE and (not isinstance(error, GitOperationError) or isinstance(error, _NOT_THE_MIRRORS)):
+        return None  # other objects do not mend a file system or a callback
+    following = Rung(rung + 1)
+    return Rung.REBUILD_MIRROR if following is Rung.RECLONE and not owns_objects else following
+
+
+def _quarantined(slot: Slot, error: BaseException) -> CleanupError:
+    return CleanupError(
+        f"{slot.slot_id}: could not be cleaned ({_brief(error)}); it is quarantined, see its clean-up log; "
+        f"`repair_slot` tries again",
+        slot_id=slot.slot_id,
+        repo_name=slot.repo_name,
+    )
 
 
 def _is_disk_full(error: BaseException) -> bool:

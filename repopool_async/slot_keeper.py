@@ -17,11 +17,12 @@ from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async.config import PoolOptions
 from repopool_async.coordination.base import Coordinator, Hold
-from repopool_async.exceptions import CleanupError, LeaseLostError, PoolManagerError, SlotInUseError
+from repopool_async.exceptions import CleanupError, GitOperationError, LeaseLostError, PoolManagerError, SlotInUseError
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Slot, SlotState, make_slot_id
+from repopool_async.run_as import RunAs
 from repopool_async.slot_allocator import SlotAllocator, available, broken
 from repopool_async.slot_cleaner import SlotCleaner
 from repopool_async.slot_store import SlotStore
@@ -42,6 +43,7 @@ class Components:
         lessee_host: where lessees' commands run; they must not use up what bounds the pool's own git.
         lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
         cleaning: bounds how many slots are cleaned or made at once.
+        run_as: the user that lessees run as, where it is another.
     """
 
     host: Host
@@ -54,6 +56,7 @@ class Components:
     lessee_git: GitOperations
     emit: Callable[[str, Mapping[str, Any]], None]
     cleaning: asyncio.Semaphore
+    run_as: RunAs | None = None
 
 
 class SlotKeeper:
@@ -175,13 +178,29 @@ class SlotKeeper:
         await together(*[self.add_slot for _ in range(num_slots - len(slots))])
 
     async def check(self) -> dict[str, list[str]]:
-        """Verify every AVAILABLE slot by looking at all of it, and repair those in which something is wrong."""
-        found: dict[str, list[str]] = {}
+        """Verify the mirror and every AVAILABLE slot by looking at all of it, and repair what something is wrong with.
+
+        What stood on a mirror that had to be made anew counts as wrong too.
+        """
+        found = await self._check_mirror()
         for slot in await self._parts.coordinator.list_slots(self._name):
             problems = await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
+
+    async def _check_mirror(self) -> dict[str, list[str]]:
+        problems = await self._parts.mirror.check()
+        if not problems:
+            return {}
+        name = f"{self._name}/mirror.git"
+        self._parts.emit("mirror.damaged", {"repo_name": self._name, "problems": problems})
+        try:
+            await self._parts.mirror.repair()
+        except (PoolManagerError, OSError) as error:
+            return {name: [*problems, f"not repaired yet: {error}"]}
+        self._parts.emit("mirror.repaired", {"repo_name": self._name})
+        return {name: problems}
 
     async def _check_slot(self, slot_id: str) -> list[str]:
         hold = await self._parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
@@ -193,6 +212,8 @@ class SlotKeeper:
             if problems:
                 await self._parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
                 await self._repair(hold)
+        except (CleanupError, GitOperationError) as error:  # the others still want to be looked at
+            problems.append(str(error))
         finally:
             await shielded(self._parts.coordinator.abandon_hold(hold), name=f"check-{slot_id}")
         return problems

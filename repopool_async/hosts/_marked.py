@@ -34,16 +34,30 @@ _TICK_SECONDS: Final = 0.02
 _DELETED: Final = " (deleted)"
 
 
-def end_processes(mark: str, tree: str, grace_seconds: float, since: float | None = None) -> EndedProcesses:
+def end_processes(
+    mark: str, tree: str, grace_seconds: float, since: float | None = None, group: int | None = None
+) -> EndedProcesses:
     """See `Host.end_processes`; takes at most the grace period and three seconds.
 
     A marked process that cannot be ended (another user's, stuck in the kernel) is named among the bystanders.
     """
-    killed, survivors = _end_marked(os.fsencode(mark), grace_seconds)
-    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=tuple(_bystanders(tree, survivors, since)))
+    killed, survivors = _end_marked(_Mark(os.fsencode(mark), group), grace_seconds)
+    return EndedProcesses(
+        killed=tuple(sorted(killed)),
+        bystanders=tuple(_bystanders(tree, survivors, since)),
+        survivors=tuple(sorted(survivors)),
+    )
 
 
-def _end_marked(mark: bytes, grace_seconds: float) -> tuple[set[int], list[int]]:
+@attrs.frozen
+class _Mark:
+    """What a lease's processes are known by: a variable in their environment, or a group they were put in."""
+
+    variable: bytes
+    group: int | None
+
+
+def _end_marked(mark: _Mark, grace_seconds: float) -> tuple[set[int], list[int]]:
     """End what bears the mark, and what that starts meanwhile, until there is none; return the dead and the rest."""
     grace, limit = Deadline.after(grace_seconds), Deadline.after(grace_seconds + _KILL_SECONDS)
     killed: set[int] = set()
@@ -123,7 +137,7 @@ class _Target:
         return bool(poll.poll(seconds * 1000))
 
 
-def _find_marked(mark: bytes) -> list[_Target]:
+def _find_marked(mark: _Mark) -> list[_Target]:
     """Find the processes that bear the mark, those started while we look included, this one not."""
     targets: list[_Target] = []
     seen = {os.getpid()}
@@ -133,7 +147,7 @@ def _find_marked(mark: bytes) -> list[_Target]:
     return targets
 
 
-def _marked(pid: int, mark: bytes) -> _Target | None:
+def _marked(pid: int, mark: _Mark) -> _Target | None:
     if not _bears(pid, mark):
         return None
     start_time = process_start_time(pid)
@@ -145,7 +159,20 @@ def _marked(pid: int, mark: bytes) -> _Target | None:
     return None
 
 
-def _bears(pid: int, mark: bytes) -> bool:
+def _bears(pid: int, mark: _Mark) -> bool:
+    return (mark.group is not None and _is_in_group(pid, mark.group)) or _has_variable(pid, mark.variable)
+
+
+def _is_in_group(pid: int, group: int) -> bool:
+    status = _read(f"/proc/{pid}/status")
+    number = str(group).encode()
+    if number not in status or b"\nState:\tZ" in status:
+        return False
+    lines = (line.partition(b":") for line in status.splitlines())
+    return any(name in (b"Gid", b"Groups") and number in value.split() for name, _, value in lines)
+
+
+def _has_variable(pid: int, mark: bytes) -> bool:
     environment = _environment(pid)
     return mark in environment and mark in environment.split(b"\0")
 

@@ -106,7 +106,29 @@ class RemoveFile:
     path: str
 
 
-FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile
+@attrs.frozen
+class SetAccess:
+    """Set owner, group and permissions of a file or directory; a link is refused. Only root may give things away."""
+
+    path: str
+    uid: int
+    gid: int
+    mode: int
+
+
+@attrs.frozen
+class GiveTree:
+    """Give a directory and everything in it to a user, links themselves and not what they lead to.
+
+    Nobody else may be changing it meanwhile.
+    """
+
+    path: str
+    uid: int
+    gid: int
+
+
+FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile | SetAccess | GiveTree
 
 
 @attrs.frozen
@@ -171,10 +193,12 @@ class EndedProcesses:
         killed: pids ended because they bore the lease's mark.
         bystanders: `pid name` of processes that are not the lease's but stand in the tree, or hold files of it open or
             mapped.
+        survivors: pids of the lease's own that could not be ended.
     """
 
     killed: tuple[int, ...] = ()
     bystanders: tuple[str, ...] = ()
+    survivors: tuple[int, ...] = ()
 
 
 class HostProcess(Protocol):
@@ -332,7 +356,13 @@ class Host(Protocol):
         """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now."""
 
     async def end_processes(
-        self, *, mark: str, tree: str, grace_seconds: float = 2.0, since: float | None = None
+        self,
+        *,
+        mark: str,
+        tree: str,
+        grace_seconds: float = 2.0,
+        since: float | None = None,
+        group: int | None = None,
     ) -> EndedProcesses:
         """End every process whose environment contains `mark`, and look for others that stand in `tree`.
 
@@ -340,6 +370,7 @@ class Host(Protocol):
             mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
             since: seconds on the boot-time clock; a process of our own user that began later and lets nobody see what
                 it holds counts as a bystander too.
+            group: whatever is in this group is ended too.
         """
 
     async def is_network_file_system(self, path: str) -> bool:

@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from repopool_async import _files
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _marked, _tree
+from repopool_async.hosts import _marked, _ownership, _tree
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
     DEFAULT_STDOUT_LIMIT,
@@ -28,11 +28,13 @@ from repopool_async.hosts.base import (
     FileKind,
     FileStat,
     FileStep,
+    GiveTree,
     HostProcess,
     MakeDirectory,
     OutputCallback,
     RemoveFile,
     Rename,
+    SetAccess,
     Settled,
     TreeInspection,
     WriteFile,
@@ -170,10 +172,16 @@ class LocalHost:
     # -- processes -----------------------------------------------------------------------------------------------
 
     async def end_processes(
-        self, *, mark: str, tree: str, grace_seconds: float = 2.0, since: float | None = None
+        self,
+        *,
+        mark: str,
+        tree: str,
+        grace_seconds: float = 2.0,
+        since: float | None = None,
+        group: int | None = None,
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
-        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, since)
+        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, since, group)
 
 
 def _apply(steps: Sequence[FileStep]) -> None:
@@ -196,6 +204,10 @@ def _apply_step(step: FileStep) -> None:
         case RemoveFile(path):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(path)
+        case SetAccess(path, uid, gid, mode):
+            _ownership.set_access(path, uid, gid, mode)
+        case GiveTree(path, uid, gid):
+            _ownership.give_tree(path, uid, gid)
 
 
 def _copy(source: str, target: str, *, is_optional: bool) -> None:

@@ -23,7 +23,9 @@ class Rung(IntEnum):
     """Forget the pool's own git directory and index of the slot, and rewrite every file."""
     RECREATE_TREE = 3
     """Make a new tree beside the old one (new inodes) and put it in its place."""
-    REBUILD_MIRROR = 4
+    RECLONE = 4
+    """Forget the slot's own objects too and take them from the mirror again; passed over where it has none."""
+    REBUILD_MIRROR = 5
     """Clone the mirror anew, then as before."""
 
 
@@ -62,6 +64,13 @@ class WorkspaceStrategy(Protocol):
     Every method is given the slot as recorded. A cancelled or failed call leaves a tree that only `restore` may touch.
     """
 
+    @property
+    def owns_objects(self) -> bool:
+        """Whether slots have objects of their own, so that `Rung.RECLONE` means something."""
+
+    async def default_checkout(self) -> Checkout:
+        """Return what a slot can show whose commit exists no more."""
+
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """Make the slot's tree from nothing, replacing whatever is there.
 
@@ -88,7 +97,8 @@ class WorkspaceStrategy(Protocol):
 
         Raises:
             CleanupError: the tree is not clean afterwards; try the next rung.
-            GitOperationError, OSError: likewise.
+            GitRefMissingError: at the last rung: the commit is nowhere any more; try `default_checkout`.
+            GitOperationError, OSError: try the next rung.
         """
 
     async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:

@@ -18,12 +18,13 @@ from repopool_async._aio import together
 from repopool_async._clock import now, wall_minus_boot_ns
 from repopool_async._git import GitRunner
 from repopool_async._identity import boot_id
-from repopool_async.exceptions import CleanupError, PoolManagerError
-from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
+from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError, PoolManagerError
+from repopool_async.git_directory import GitDirectory, lessee_steps, own_pack_steps, pristine_steps
 from repopool_async.hosts.base import (
     Discard,
     FileKind,
     FileStat,
+    FileStep,
     Host,
     MakeDirectory,
     RemoveFile,
@@ -35,7 +36,9 @@ from repopool_async.hosts.base import (
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
 from repopool_async.refs import RefsSnapshot
+from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout, Rung, Work
+from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.submodule_plan import Plan, Submodule
 from repopool_async.workspaces.submodules import Place, Submodules
 
@@ -87,25 +90,50 @@ class CloneWorkspace:
     Args:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
         submodules: checks them out; where missing, their places are empty directories.
+        is_isolated: give every slot objects of its own instead.
+        run_as: whom trees belong to, where that is another user; nothing that user ever had is used again.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, submodules: Submodules | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        host: Host,
+        git: GitRunner,
+        mirror: Mirror,
+        submodules: Submodules | None = None,
+        is_isolated: bool = False,
+        run_as: RunAs | None = None,
+    ) -> None:
+        self._run_as = run_as
         self._host = host
         self._git = git
         self._mirror = mirror
         self._submodules = submodules or Submodules(host=host, git=git, mirror=mirror)
+        self._own = OwnObjects(host, git, mirror) if is_isolated else None
+
+    @property
+    def owns_objects(self) -> bool:
+        """See `WorkspaceStrategy.owns_objects`."""
+        return self._own is not None
+
+    async def default_checkout(self) -> Checkout:
+        """See `WorkspaceStrategy.default_checkout`."""
+        resolved = await self._mirror.resolve(None)
+        return Checkout(commit=resolved.commit, branch=resolved.branch)
 
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.provision`."""
         paths = _Paths(slot.path)
+        await self._secure(slot)
         await self._sweep_beside(paths)
-        await self._renew_pristine(paths)
+        await self._renew_pristine(slot)
         try:
             await self._make_tree(slot, checkout)
         except (PoolManagerError, OSError):
             await self._sweep_beside(paths)
             raise
         await self._install(slot, checkout)
+        await self._secure(slot)
         return Work(steps=("tree made anew",))
 
     async def _make_tree(self, slot: Slot, checkout: Checkout) -> None:
@@ -121,12 +149,14 @@ class CloneWorkspace:
         if seal.commit == checkout.commit:
             if seal.branch == checkout.branch and seal.refs_generation == await self._generation(checkout.commit):
                 return Work(steps=("warm",), warm=True)
-            await self._install(slot, checkout)
+            await self._check_pristine(slot)
+            await self._install(slot, checkout, is_sealed=True)
             return Work(steps=("refs renewed",), warm=True)
+        await self._check_pristine(slot)
         submodules = await self._submodules.standing(_place(slot))
         rewritten = await self._check_out(slot, checkout, is_untouched=True)
         await self._note_settled(slot, seal, checkout.commit, submodules, all_files=rewritten)
-        await self._install(slot, checkout)
+        await self._install(slot, checkout, is_sealed=True)
         return Work(steps=("checked out",))
 
     async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
@@ -134,16 +164,23 @@ class CloneWorkspace:
         if rung >= Rung.REBUILD_MIRROR:
             await self._mirror.rebuild()
             await self._submodules.rebuild()
-        if rung >= Rung.RECREATE_TREE:
+            await self._require(slot, checkout)
+        if rung >= Rung.RECLONE and self._own is not None:
+            await self._host.apply([Discard(self._own.path(slot), _Paths(slot.path).trash)])
+        if rung >= Rung.RECREATE_TREE or self._run_as is not None:
             return await self.provision(slot, checkout)
         paths = _Paths(slot.path)
         await self._submodules.plan(checkout.commit)  # refused or not to be had: while nothing has been touched
         root = await self._host.stat(slot.path)
         if root is None or root.kind is not FileKind.DIRECTORY or not _is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
-        since = _trusted_mark(slot.seal) if rung is Rung.CLEAN else None
-        if rung is Rung.REBUILD_GIT:
-            await self._renew_pristine(paths)
+        since = await self._trusted_mark(slot.seal) if rung is Rung.CLEAN else None
+        if since is None:
+            await self._renew_pristine(slot)
+        else:
+            await self._check_pristine(slot)
+        if self._own is not None:
+            await self._own.tidy(slot)
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
@@ -175,6 +212,7 @@ class CloneWorkspace:
             clock_offset_ns=offset,
             tree_device=root.device,
             tree_inode=root.inode,
+            mirror_build=(await self._mirror.snapshot()).build,
         )
 
     async def verify(self, slot: Slot) -> Sequence[str]:
@@ -183,7 +221,15 @@ class CloneWorkspace:
             seal = await self._checked_seal(slot)
         except CleanupError as error:
             return [error.message]
-        problems = await self._differences(slot, tree=slot.path)
+        try:
+            await self._check_pristine(slot)
+            problems = await self._differences(slot, tree=slot.path)
+            own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns)
+            problems += [f"changed since the seal: .git/{name}" for name in own.changed]
+            if self._own is not None:
+                problems += await self._own.find_damage(slot)
+        except (CleanupError, GitOperationError, OSError) as error:
+            return [str(error)]
         head = await self._host.read_bytes(f"{slot.path}/.git/HEAD", limit=4096)
         expected = f"ref: refs/heads/{seal.branch}" if seal.branch else seal.commit
         if head is None or head.decode(errors="replace").strip() != expected:
@@ -193,7 +239,7 @@ class CloneWorkspace:
             problems.append("the index is missing")
         problems += await self._submodules.head_problems(_place(slot))
         settled = await self._settled(slot)
-        inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=await self._trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
         problems += [f"mode, owner or attributes changed: {name}" for name in inspection.irregular]
         problems += [f"something is mounted: {name}" for name in inspection.mounts]
@@ -261,6 +307,7 @@ class CloneWorkspace:
         paths = _Paths(slot.path)
         tree = tree or slot.path
         commit = checkout.commit
+        await self._snapshot_with(slot, checkout)
         plan = await self._submodules.plan(commit)
         kept = await self._submodules.make_way(_place(slot, tree), plan)
         rewrites = await self._has_other_attributes(slot, commit)
@@ -281,6 +328,7 @@ class CloneWorkspace:
             ]
         )
         await self._submodules.check_out(_place(slot, tree), plan, unchanged=kept if is_untouched else ())
+        await self._give(slot, tree)
         await self._mirror.keep(slot.slot_id, commit)
         return rewrites
 
@@ -295,6 +343,17 @@ class CloneWorkspace:
             return False
         attributes = ":(glob)**/.gitattributes"
         return bool((await self._run(slot, "diff-index", "--cached", "--name-only", commit, "--", attributes)).stdout)
+
+    async def _secure(self, slot: Slot) -> None:
+        """Keep the user's other leases out before a tree is given to it, and shut away what was made meanwhile."""
+        if self._run_as is not None:
+            await self._run_as.secure(slot)
+
+    async def _give(self, slot: Slot, tree: str) -> None:
+        """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""
+        if self._run_as is not None:
+            await self._host.apply([self._run_as.give(tree)])
+            await self._run(slot, "update-index", "-q", "--refresh", tree=tree)
 
     async def _verify_clean(self, slot: Slot, *, tree: str) -> None:
         problems = await self._differences(slot, tree=tree)
@@ -361,25 +420,69 @@ class CloneWorkspace:
 
     # -- the git directories -------------------------------------------------------------------------------------
 
-    async def _renew_pristine(self, paths: _Paths) -> None:
+    async def _snapshot_with(self, slot: Slot, checkout: Checkout) -> RefsSnapshot:
+        """Return the refs that the slot can show, having brought it what they lead to where it borrows nothing."""
+        if self._own is None:
+            return await self._mirror.snapshot()
+        return await self._own.bring_up_to_date(slot, checkout.commit, trash=_Paths(slot.path).trash)
+
+    def _objects(self, slot: Slot) -> str:
+        return self._mirror.objects if self._own is None else f"{self._own.path(slot)}/objects"
+
+    async def _renew_pristine(self, slot: Slot) -> None:
+        paths = _Paths(slot.path)
         snapshot = await self._mirror.snapshot()
-        steps = pristine_steps(paths.git, alternates=self._mirror.objects, object_format=snapshot.object_format)
+        steps = pristine_steps(paths.git, alternates=self._objects(slot), object_format=snapshot.object_format)
         await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
 
-    async def _install(self, slot: Slot, checkout: Checkout) -> None:
-        """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way."""
+    async def _check_pristine(self, slot: Slot) -> None:
+        """Refuse to go by a git directory of ours that somebody else wrote to since the seal."""
+        seal = slot.seal
+        if seal is None or await self._trusted_mark(seal) is None:
+            return
+        git = _Paths(slot.path).git
+        try:
+            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns)
+            root = await self._host.stat(git)
+        except OSError as error:
+            raise CleanupError(f"{slot.slot_id}: {git} cannot be read: {error}", slot_id=slot.slot_id) from error
+        changed = [*inspection.changed, *inspection.special, *inspection.changed_directories]
+        if changed or root is None or root.ctime_ns >= seal.settled_ns:
+            changed.append(".")
+            raise CleanupError(
+                f"{slot.slot_id}: {git}/{changed[0]} was changed since the slot was sealed", slot_id=slot.slot_id
+            )
+
+    async def _require(self, slot: Slot, checkout: Checkout) -> None:
+        """Say plainly that a commit is gone: neither the remote nor the old mirror had it."""
+        if not await self._mirror.has(checkout.commit):
+            raise GitRefMissingError(
+                f"{slot.slot_id}: {checkout.commit} is in neither the old mirror nor the remote any more",
+                operation="restore",
+                slot_id=slot.slot_id,
+            )
+
+    async def _install(self, slot: Slot, checkout: Checkout, *, is_sealed: bool = False) -> None:
+        """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way.
+
+        Args:
+            is_sealed: whether no lessee could have written to the one that is there.
+        """
         paths = _Paths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
         plan = await self._submodules.plan(checkout.commit)
         for attempt in (1, 2):
-            shows = self._git_directory(checkout, await self._mirror.snapshot(), plan)
+            shows = self._git_directory(slot, checkout, await self._snapshot_with(slot, checkout), plan)
+            moves, shows = await self._object_steps(slot, shows, is_sealed=is_sealed)
             modules = await self._submodules.lessee_steps(outgoing, plan, pristine=paths.pristine)
             try:
                 await self._host.apply(
                     [
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
+                        *moves,
                         *modules,
+                        *([] if self._run_as is None else [self._run_as.give(outgoing)]),
                         Discard(f"{slot.path}/.git", paths.trash),
                         Rename(outgoing, f"{slot.path}/.git"),
                     ]
@@ -391,7 +494,39 @@ class CloneWorkspace:
             else:
                 return
 
-    def _git_directory(self, checkout: Checkout, snapshot: RefsSnapshot, plan: Plan) -> GitDirectory:
+    async def _object_steps(
+        self, slot: Slot, shows: GitDirectory, *, is_sealed: bool
+    ) -> tuple[list[FileStep], GitDirectory]:
+        """Say how the lessee comes by objects of its own: those that lie in the sealed tree stay, new ones are copied.
+
+        Returns:
+            Steps to take after those of the git directory, and what that is to show.
+        """
+        if self._own is None:
+            return [], shows
+        packs = tuple(await self._own.pack_files(slot))
+        present = await self._sealed_packs(slot) if is_sealed else frozenset()
+        if not present or not present <= set(packs):
+            return [], attrs.evolve(shows, own_packs=packs)
+        outgoing = f"{_Paths(slot.path).pristine}/outgoing"
+        added = attrs.evolve(shows, own_packs=tuple(name for name in packs if name not in present))
+        steps: list[FileStep] = [
+            Discard(f"{outgoing}/objects", _Paths(slot.path).trash),
+            Rename(f"{slot.path}/.git/objects", f"{outgoing}/objects"),
+            *own_pack_steps(outgoing, added),
+        ]
+        return steps, attrs.evolve(shows, own_packs=())
+
+    async def _sealed_packs(self, slot: Slot) -> frozenset[str]:
+        """Return the packs in a sealed tree that nobody has touched since the seal."""
+        assert slot.seal is not None
+        objects = f"{slot.path}/.git/objects"
+        inspection = await self._host.inspect_tree(objects, since_ns=slot.seal.settled_ns)
+        if inspection.changed or inspection.changed_directories or inspection.special:
+            return frozenset()
+        return frozenset(await self._host.list_directory(f"{objects}/pack"))
+
+    def _git_directory(self, slot: Slot, checkout: Checkout, snapshot: RefsSnapshot, plan: Plan) -> GitDirectory:
         return GitDirectory(
             commit=checkout.commit,
             branch=checkout.branch,
@@ -401,7 +536,7 @@ class CloneWorkspace:
             url=self._mirror.url,
             remotes=self._mirror.remotes,
             packed_refs=snapshot.packed_refs,
-            alternates=self._mirror.objects,
+            alternates=self._objects(slot),
             object_format=snapshot.object_format,
             at=now(),
             submodules=plan.entries.get("", ()) if plan.entries is not None else None,
@@ -414,6 +549,16 @@ class CloneWorkspace:
 
     def _is_made_as_wanted(self, seal: Seal | None) -> bool:
         return seal is not None and self._submodules.has_made(seal.refs_generation)
+
+    async def _trusted_mark(self, seal: Seal | None) -> int | None:
+        """Return the seal's mark, None where file times prove nothing.
+
+        That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
+        """
+        if seal is None or seal.boot_id != boot_id() or seal.mirror_build != (await self._mirror.snapshot()).build:
+            return None
+        moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
+        return seal.mark_ns if moved < _CLOCK_STEP_NS else None
 
     # -- sealing -------------------------------------------------------------------------------------------------
 
@@ -433,6 +578,8 @@ class CloneWorkspace:
         root = await self._root(slot)
         if slot.seal is None or slot.seal.boot_id != boot_id() or not _is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
+        if slot.seal.mirror_build != (await self._mirror.snapshot()).build:
+            raise CleanupError(f"{slot.slot_id}: was made of a mirror that was damaged since", slot_id=slot.slot_id)
         if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
             raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
         if not self._is_made_as_wanted(slot.seal):
@@ -466,14 +613,6 @@ def _names(data: bytes) -> list[str]:
 
 def _is_same_tree(root: FileStat, seal: Seal | None) -> bool:
     return seal is not None and (root.device, root.inode) == (seal.tree_device, seal.tree_inode)
-
-
-def _trusted_mark(seal: Seal | None) -> int | None:
-    """Return the seal's mark, None where file times prove nothing (another boot, or somebody set the clock)."""
-    if seal is None or seal.boot_id != boot_id():
-        return None
-    moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
-    return seal.mark_ns if moved < _CLOCK_STEP_NS else None
 
 
 def _is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> bool:
