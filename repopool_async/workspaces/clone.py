@@ -241,7 +241,8 @@ class CloneWorkspace:
         settled = await self._settled(slot)
         inspection = await self._host.inspect_tree(slot.path, since_ns=await self._trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
-        problems += [f"mode, owner or attributes changed: {name}" for name in inspection.irregular]
+        if self._run_as is None:  # otherwise all of it is another user's, and made anew at every return
+            problems += [f"mode, owner or attributes changed: {name}" for name in inspection.irregular]
         problems += [f"something is mounted: {name}" for name in inspection.mounts]
         return problems
 
