@@ -24,6 +24,7 @@ _WARNINGS: Final = (
     "lease.lost",
     "store.corrupt",
     "pool.failed",
+    "slot.salvage_failed",
 )
 _BACKLOG: Final = 1000
 

@@ -46,10 +46,15 @@ class Janitor:
         await self._tasks.cancel()
 
     async def sweep(self) -> list[str]:
-        """Take over what dead owners left, empty the trash, and return the ids of the slots being recovered."""
+        """Take over what dead owners left, expire saved work, empty the trash.
+
+        Returns:
+            The ids of the slots being recovered.
+        """
         recovered: list[str] = []
         for pool in self._pools():
             recovered += await pool.keeper.recover()
+            await pool.keeper.tidy_salvage()
             await self._empty_trash(pool)
         return recovered
 
@@ -75,5 +80,6 @@ class Janitor:
             for pool in self._pools():
                 try:
                     await pool.notice_lost_leases()
+                    await pool.reap_expired_leases()
                 except (PoolManagerError, OSError):
                     _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)

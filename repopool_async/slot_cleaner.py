@@ -198,6 +198,10 @@ class SlotCleaner:
         await _call(self._callbacks.reset, slot)
         return await self._sealed(log, slot, checkout, work)
 
+    async def end_lease(self, slot: Slot) -> None:
+        """End what the last lease left running; cleaning does so by itself."""
+        await self._end_lease(slot)
+
     async def _end_lease(self, slot: Slot) -> Rung:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
         if slot.lease is None:

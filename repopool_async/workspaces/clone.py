@@ -33,8 +33,8 @@ from repopool_async.hosts.base import (
 )
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
-from repopool_async.refs import RefsSnapshot
-from repopool_async.workspaces.base import Checkout, Rung, Work
+from repopool_async.refs import FULL_ID, RefsSnapshot
+from repopool_async.workspaces.base import Checkout, Remains, Rung, Work
 
 _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
@@ -177,6 +177,27 @@ class CloneWorkspace:
         inspection = await self._host.inspect_tree(slot.path, since_ns=_trusted_mark(seal), settled=settled)
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
         return problems
+
+    async def remains(self, slot: Slot) -> Remains | None:
+        """See `WorkspaceStrategy.remains`."""
+        paths = _Paths(slot.path)
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY:
+            return None
+        base = (await self._host.read_bytes(f"{paths.git}/HEAD", limit=4096) or b"").decode(errors="replace").strip()
+        if FULL_ID.fullmatch(base) is None:
+            raise CleanupError(f"{slot.slot_id}: nothing tells what the tree showed", slot_id=slot.slot_id)
+        since = _trusted_mark(slot.seal) if _is_same_tree(root, slot.seal) else None
+        settled = await self._settled(slot)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
+        is_quiet = since is not None and root.ctime_ns < settled.since_ns
+        return Remains(
+            base=base,
+            index=f"{paths.git}/index",
+            inspection=inspection,
+            knows_changes=since is not None,
+            is_untouched=is_quiet and _is_untouched(inspection),
+        )
 
     async def discard(self, slot: Slot) -> None:
         """See `WorkspaceStrategy.discard`."""
