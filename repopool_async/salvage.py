@@ -127,7 +127,7 @@ class Salvage:
                 MakeDirectory(target),
                 WriteFile(f"{target}/about.txt", text.encode(errors="surrogateescape")),
                 Discard(slot.path, f"{target}/trees"),
-                Discard(f"{work}/nested", target),
+                Discard(f"{work}/nested", f"{target}/nested"),
                 Discard(work, self._trash),
             ]
         )

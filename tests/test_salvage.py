@@ -507,7 +507,7 @@ async def test_work_that_cannot_be_saved_is_moved_aside_and_the_slot_goes_on(
     aside = tmp_path / "pools/web/salvage-failed" / slot.lease_id
     assert [path.read_text() for path in aside.glob("trees/*/precious")] == ["p"]
     assert list(aside.glob("trees/*/.git/HEAD"))
-    assert list(aside.glob("nested/*/HEAD"))
+    assert list(aside.glob("nested/*/*/HEAD"))
     assert "why: " in (aside / "about.txt").read_text()
     await manager.close()
     await listener
@@ -633,14 +633,25 @@ async def saved_of(manager: PoolManager, slot_id: str) -> SalvageRecord:
 
 async def test_removing_a_slot_saves_what_was_left_there(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
     await manager.create_pool("web", str(origin), num_slots=2)
-    config = manager.config
+    slot = await lease(manager)
+    (slot.path / "note").write_text("n")
+    await manager._coordinator.force_unlock(slot.slot_id)  # and nobody has recovered it yet
+    await manager.remove_slot(slot.slot_id)
+    records = await manager.list_salvage()
+    assert [(record.slot_id, record.reason) for record in records] == [(slot.slot_id, "forced")]
+
+
+async def test_closing_with_an_open_lease_saves_its_work_at_the_next_opening(
+    manager: PoolManager, pool: RepoPool
+) -> None:
     slot = await lease(manager)
     (slot.path / "note").write_text("n")
     await manager.close(0)
-    async with PoolManager(config) as second:
-        await second.remove_slot(slot.slot_id)
+    async with PoolManager(manager.config) as second:
+        await second.recover()
         records = await second.list_salvage()
-        assert [(record.slot_id, record.reason) for record in records] == [(slot.slot_id, "closed")]
+        assert [(record.lease_id, record.reason) for record in records] == [(slot.lease_id, "closed")]
+        assert await second.available_count("web") == 1
 
 
 async def test_deleting_forgets_the_objects_too(manager: PoolManager, pool: RepoPool, tmp_path: Path) -> None:
