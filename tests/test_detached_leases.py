@@ -141,6 +141,7 @@ async def test_the_holder_is_told_when_its_lease_expires(manager: PoolManager) -
     with pytest.raises(LeaseLostError):
         await manager.release_slot(slot)
     assert await state(manager) is SlotState.ALLOCATED
+    await manager.release_slot(second)
 
 
 async def test_a_lease_bound_to_a_living_process_can_be_taken_away(manager: PoolManager, tmp_path: Path) -> None:
@@ -159,7 +160,6 @@ async def test_a_lease_bound_to_a_living_process_can_be_taken_away(manager: Pool
             assert not (slot.path / "note").exists()
             worker.tell()  # the robbed one gives back what is not its own any more
             worker.process.wait(30)
-            assert await manager.get_slot_status(slot_id)
             assert slot.path.exists()
             assert not slot.lost.is_set()
     assert [record.reason for record in await manager.list_salvage()] == ["forced"]

@@ -1,8 +1,10 @@
 """What a lessee left unpushed is saved whatever it is, executes nothing, and comes back byte for byte."""
 
 import asyncio
+import json
 import os
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -636,6 +638,7 @@ async def test_removing_a_slot_saves_what_was_left_there(manager: PoolManager, o
     slot = await lease(manager)
     (slot.path / "note").write_text("n")
     await manager._coordinator.force_unlock(slot.slot_id)  # and nobody has recovered it yet
+    await (await manager.get_pool("web")).notice_lost_leases()
     await manager.remove_slot(slot.slot_id)
     records = await manager.list_salvage()
     assert [(record.slot_id, record.reason) for record in records] == [(slot.slot_id, "forced")]
@@ -728,3 +731,30 @@ def test_refs_are_read_as_git_reads_them() -> None:
 @pytest.mark.parametrize("head", [b"", b"ref: refs/heads/none\n", b"ref: ../../x", b"\xff\xfe", b"0" * 41])
 def test_a_head_that_makes_no_sense_is_none(head: bytes) -> None:
     assert parse_refs({"HEAD": head}).head is None
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+async def repopool(*words: str) -> str:
+    argv = [sys.executable, "-m", "repopool_async.cli", *words]
+    return (await asyncio.to_thread(subprocess.run, argv, check=True, capture_output=True, timeout=60)).stdout.decode()
+
+
+async def test_the_command_lists_shows_and_restores(
+    manager: PoolManager, pool: RepoPool, tmp_path: Path, origin: Path
+) -> None:
+    record = await left_work(manager)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(origin), str(clone))
+    where = ("--workspaces-dir", str(tmp_path / "pools"))
+    listed = await repopool("salvage", "list", *where)
+    assert record.salvage_id[:8] in listed
+    assert "2 commits, 1 stashes, 2 changed, 1 untracked" in listed
+    assert json.loads(await repopool("salvage", "list", "web", "--json", *where))["salvage_id"] == record.salvage_id
+    shown = await repopool("salvage", "show", record.salvage_id[:8], *where)
+    assert "src/app.py" in shown
+    assert "On main: the stash" in shown
+    made = await repopool("salvage", "restore", record.salvage_id[:8], str(clone), "--branch", "back", *where)
+    assert set(made.split()) == {"back", "back.side/way", "back.files", "back.stash-0"}
+    assert contents(clone, "back.files", "untracked") == RAW

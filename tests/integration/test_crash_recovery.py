@@ -22,7 +22,7 @@ git config filter.evil.clean "touch $WITNESS; cat"; git config filter.evil.smudg
 git config filter.evil.process "touch $WITNESS"; echo '* filter=evil' > .gitattributes
 mkdir hooks; for hook in post-checkout reference-transaction post-index-change; do
   printf '#!/bin/sh\ntouch %s\n' "$WITNESS" > hooks/$hook; chmod +x hooks/$hook; done
-rm -rf .git/refs/tags; mkfifo .git/refs/tags .git/ORIG_HEAD .git/objects/aa pipe
+rm -rf .git/refs/tags .git/ORIG_HEAD .git/objects/aa; mkfifo .git/refs/tags .git/ORIG_HEAD .git/objects/aa pipe
 echo "$SECRET/.git/objects" >> .git/objects/info/alternates; ln -s "$SECRET/.git/objects/pack" .git/objects/ab
 """
 
