@@ -35,6 +35,8 @@ class Janitor:
         self._store = store
         self._interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
+        self._turn = asyncio.Lock()
+        self._unreported: dict[str, None] = {}
 
     def start(self) -> None:
         """Begin to sweep in the background."""
@@ -49,14 +51,18 @@ class Janitor:
         """Take over what dead owners left, expire saved work, empty the trash.
 
         Returns:
-            The ids of the slots being recovered.
+            The ids of the slots whose recovery was begun since this was last asked.
         """
-        recovered: list[str] = []
+        async with self._turn:
+            await self._sweep()
+        recovered, self._unreported = list(self._unreported), {}
+        return recovered
+
+    async def _sweep(self) -> None:
         for pool in self._pools():
-            recovered += await pool.keeper.recover()
+            self._unreported |= dict.fromkeys(await pool.keeper.recover())
             await pool.keeper.tidy_salvage()
             await self._empty_trash(pool)
-        return recovered
 
     async def _empty_trash(self, pool: RepoPool) -> None:
         trash = str(self._store.trash_path(pool.name))
@@ -69,7 +75,8 @@ class Janitor:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                await self.sweep()
+                async with self._turn:
+                    await self._sweep()
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
             await asyncio.sleep(self._interval_seconds)

@@ -30,6 +30,7 @@ from repopool_async.exceptions import (
     PoolTimeoutError,
     SlotAllocationError,
     SlotInUseError,
+    SlotNotFoundError,
     TooManyRequestsError,
 )
 from repopool_async.lease import LeasedSlot
@@ -183,7 +184,7 @@ class RepoPool:
         opened = self._open.pop(leased.lease_id, None)
         if opened is not None:
             leased._end()  # noqa: SLF001 - the pool is the one caller
-            slot = await self._parts.coordinator.begin_return(opened.grant)
+            slot = await self._begin_return(opened.grant)
             self._parts.allocator.record_release(self.name, boottime() - opened.started)
             self._parts.emit("slot.released", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
             self.keeper.clean_later(opened.grant, slot)
@@ -191,6 +192,15 @@ class RepoPool:
         task = self.keeper.returning.get(leased.slot_id)
         if inline and task is not None:
             await asyncio.wait([task])
+
+    async def _begin_return(self, grant: Grant) -> Slot:
+        try:
+            return await self._parts.coordinator.begin_return(grant)
+        except SlotNotFoundError as error:
+            slot_id = grant.slot.slot_id
+            raise LeaseLostError(
+                f"{slot_id}: was taken away and deleted while leased", slot_id=slot_id, repo_name=self.name
+            ) from error
 
     async def release(self, slot_id: str, *, token: int | None) -> None:
         """End the lease of a slot by id and clean it; where it is not leased (any more), do nothing.

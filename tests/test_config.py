@@ -611,7 +611,7 @@ SAMPLES: dict[str, Any] = {
     "keep": ["node_modules"],
     "setup": "npm ci",
     "setup_key": ["package-lock.json"],
-    "salvage": "abnormal",
+    "salvage": "always",
     "salvage_days": 3,
     "salvage_limit": "5GB",
     "disk_limit": "50GiB",
