@@ -526,7 +526,8 @@ class PoolManager:
         """Bring saved work back into a leased slot of the same pool.
 
         Commits come back as branches. Where the slot is clean its branch is checked out, files lie there as they did,
-        uncommitted, and stashes are stash entries again; otherwise files and stashes become branches too.
+        uncommitted, and stashes are stash entries again; otherwise files and stashes become branches too. The lessee's
+        own git writes the files, as their attributes ask for.
 
         Args:
             salvage_id: or its beginning. branch: what to call the branch; `salvage/<short id>` where missing.
