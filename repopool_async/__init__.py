@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import PoolTimeoutError as PoolTimeoutError
     from repopool_async.exceptions import RefError as RefError
     from repopool_async.exceptions import RepositoryUrlError as RepositoryUrlError
+    from repopool_async.exceptions import SalvageError as SalvageError
+    from repopool_async.exceptions import SalvageNotFoundError as SalvageNotFoundError
     from repopool_async.exceptions import SlotAllocationError as SlotAllocationError
     from repopool_async.exceptions import SlotInUseError as SlotInUseError
     from repopool_async.exceptions import SlotNotFoundError as SlotNotFoundError
@@ -55,9 +57,12 @@ if TYPE_CHECKING:
     from repopool_async.models import CommandResult as CommandResult
     from repopool_async.models import GitResult as GitResult
     from repopool_async.models import Lease as Lease
+    from repopool_async.models import LeaseEnd as LeaseEnd
     from repopool_async.models import Owner as Owner
     from repopool_async.models import Pool as Pool
     from repopool_async.models import PoolSummary as PoolSummary
+    from repopool_async.models import RestoredSalvage as RestoredSalvage
+    from repopool_async.models import SalvageRecord as SalvageRecord
     from repopool_async.models import Seal as Seal
     from repopool_async.models import Slot as Slot
     from repopool_async.models import SlotState as SlotState
@@ -92,6 +97,7 @@ _HOMES = {
     "GitTimeoutError": "repopool_async.exceptions",
     "GitTransientError": "repopool_async.exceptions",
     "Lease": "repopool_async.models",
+    "LeaseEnd": "repopool_async.models",
     "LeaseLostError": "repopool_async.exceptions",
     "LeaseReleasedError": "repopool_async.exceptions",
     "LeasedSlot": "repopool_async.lease",
@@ -115,6 +121,10 @@ _HOMES = {
     "RefError": "repopool_async.exceptions",
     "RepoPool": "repopool_async.repo_pool",
     "RepositoryUrlError": "repopool_async.exceptions",
+    "RestoredSalvage": "repopool_async.models",
+    "SalvageError": "repopool_async.exceptions",
+    "SalvageNotFoundError": "repopool_async.exceptions",
+    "SalvageRecord": "repopool_async.models",
     "Seal": "repopool_async.models",
     "Slot": "repopool_async.models",
     "SlotAllocationError": "repopool_async.exceptions",
@@ -155,6 +165,7 @@ __all__ = [
     "GitTimeoutError",
     "GitTransientError",
     "Lease",
+    "LeaseEnd",
     "LeaseLostError",
     "LeaseReleasedError",
     "LeasedSlot",
@@ -178,6 +189,10 @@ __all__ = [
     "RefError",
     "RepoPool",
     "RepositoryUrlError",
+    "RestoredSalvage",
+    "SalvageError",
+    "SalvageNotFoundError",
+    "SalvageRecord",
     "Seal",
     "Slot",
     "SlotAllocationError",

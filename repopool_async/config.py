@@ -29,9 +29,6 @@ UNSUPPORTED: Final = frozenset(
         "keep",
         "setup",
         "setup_key",
-        "salvage",
-        "salvage_days",
-        "salvage_limit",
         "disk_limit",
         "lfs",
         "sparse",
@@ -481,10 +478,16 @@ class PoolOptions:
     setup: tuple[str, ...] | None = _option(_or_none(_COMMAND), None, "command run in a slot when it is made")
     setup_key: tuple[str, ...] = _option(_INNER_PATHS, (), "files whose change makes setup run again")
     salvage: Literal["never", "abnormal", "always"] = _option(
-        _choice("never", "abnormal", "always"), "never", "after which leases unpushed work is saved"
+        _choice("never", "abnormal", "always"),
+        "abnormal",
+        "after which leases unpushed work is saved; abnormal: a crash, an expiry, a forced end, a close",
     )
     salvage_days: float = _option(_number(3650), 30.0, "how many days saved work is kept")
-    salvage_limit: int = _option(_SIZE_LIMIT, 1 << 30, "how much of one lease's work is saved")
+    salvage_limit: int = _option(
+        _SIZE_LIMIT,
+        1 << 30,
+        "how much of one lease's work is saved: commits first, then the stash, changed files, untracked files",
+    )
     disk_limit: int | None = _option(_or_none(_SIZE_LIMIT), None, "how much disk the pool may use")
     isolation: Literal["shared", "full"] = _option(
         _choice("shared", "full"),

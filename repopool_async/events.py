@@ -25,6 +25,7 @@ _WARNINGS: Final = (
     "lease.lost",
     "store.corrupt",
     "pool.failed",
+    "slot.salvage_failed",
 )
 _BACKLOG: Final = 1000
 

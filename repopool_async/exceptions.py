@@ -290,3 +290,11 @@ class LockTimeoutError(PoolManagerError, TimeoutError):
 
 class StoreError(PoolManagerError):
     """Pool or slot records cannot be read or written (permissions, disk full, read-only)."""
+
+
+class SalvageError(PoolManagerError):
+    """Work could not be saved or brought back."""
+
+
+class SalvageNotFoundError(PoolManagerError, LookupError):
+    """There is no saved work of that id."""

@@ -44,14 +44,15 @@ class Janitor:
         self._emit = emit
         self._interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
-        self._taken_over: list[str] = []
+        self._turn = asyncio.Lock()
+        self._unreported: dict[str, None] = {}
         self._warned: set[str] = set()
         self._has_trash = asyncio.Event()
 
     async def start(self) -> None:
         """Take over what dead owners left, and go on sweeping in the background."""
         for pool in self._pools():
-            self._taken_over += await pool.keeper.recover()
+            self._unreported |= dict.fromkeys(await pool.keeper.recover())
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
         self._tasks.spawn(self._empty_trash_for_ever(), name="empty-trash")
@@ -65,16 +66,22 @@ class Janitor:
         await self._tasks.cancel()
 
     async def sweep(self) -> list[str]:
-        """Take over what dead owners left, empty the trash, and return the ids of the slots being recovered.
+        """Take over what dead owners left, expire saved work, have the trash emptied.
 
-        What was taken over in the background since the last call is among them.
+        Returns:
+            The ids of the slots whose recovery was begun since this was last asked.
         """
-        recovered, self._taken_over = self._taken_over, []
+        async with self._turn:
+            await self._sweep()
+        recovered, self._unreported = list(self._unreported), {}
+        return recovered
+
+    async def _sweep(self) -> None:
         for pool in self._pools():
-            recovered += await pool.keeper.recover()
+            self._unreported |= dict.fromkeys(await pool.keeper.recover())
+            await pool.keeper.tidy_salvage()
             await self._warn_of_long_leases(pool)
         self.note_trash()
-        return recovered
 
     async def empty_trash(self) -> None:
         """Delete what cleanings moved aside; another process doing the same is no matter."""
@@ -103,7 +110,8 @@ class Janitor:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                self._taken_over = await self.sweep()
+                async with self._turn:
+                    await self._sweep()
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
             await asyncio.sleep(self._interval_seconds)
@@ -120,5 +128,6 @@ class Janitor:
             for pool in self._pools():
                 try:
                     await pool.notice_lost_leases()
+                    await pool.reap_expired_leases()
                 except (PoolManagerError, OSError):
                     _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)

@@ -133,6 +133,7 @@ class Slot:
         seal: present while the tree is verified clean.
         allocation_count, total_allocated_seconds: usage (5.3).
         last_branch: branch of the last lease, for choosing a warm slot.
+        unsaved: how the last lease ended (a `LeaseEnd`), until its work was saved or the slot is AVAILABLE; else None.
     """
 
     slot_id: str
@@ -149,6 +150,7 @@ class Slot:
     last_branch: str | None = None
     allocation_count: int = 0
     total_allocated_seconds: float = 0.0
+    unsaved: str | None = None
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 
@@ -346,6 +348,83 @@ class ResolvedRef:
     asked: str
     commit: str
     branch: str | None = None
+
+
+class LeaseEnd(StrEnum):
+    """How a lease ended."""
+
+    RETURNED = "returned"
+    """Its holder gave it back: the one ordinary end."""
+    CRASHED = "crashed"
+    """Its holder's process died."""
+    EXPIRED = "expired"
+    """It was detached and nobody renewed it in time."""
+    FORCED = "forced"
+    """Somebody took it away."""
+    CLOSED = "closed"
+    """Its manager was closed while it was open."""
+
+
+@attrs.frozen
+class SalvageRecord:
+    """What was saved of a lease's unpushed work.
+
+    Everything saved is reachable from `commit`: its tree is what the working tree held, its first parent what the
+    lessee's HEAD was, its further parents the tips of other branches and the stashes.
+
+    Attributes:
+        salvage_id: the lease's id. reason: how the lease ended, a `LeaseEnd`. created_at: when it was saved.
+        branch: what the lessee had checked out, None when detached. head: the commit HEAD was at.
+        ref: what the lessee had asked for. base: the commit its lease began at.
+        branches: local branches with commits that were nowhere else, name to commit.
+        stash_commits, stash_messages: the stash, newest first.
+        files_changed: tracked files that differ from `head`, deleted ones included. untracked: how many other files.
+        commits: how many that were nowhere else. stashes: how many.
+        skipped: what could not be saved, a line each with the reason.
+        size_bytes: roughly, of what was saved.
+        metadata: the lessee's own words.
+    """
+
+    salvage_id: str
+    repo_name: str
+    slot_id: str
+    lease_id: str
+    commit: str
+    reason: str
+    created_at: datetime
+    base: str
+    head: str
+    branch: str | None = None
+    ref: str | None = None
+    token: int = 0
+    owner: Owner | None = None
+    branches: Mapping[str, str] = attrs.field(factory=dict)
+    stash_commits: tuple[str, ...] = ()
+    stash_messages: tuple[str, ...] = ()
+    files_changed: int = 0
+    untracked: int = 0
+    commits: int = 0
+    stashes: int = 0
+    skipped: tuple[str, ...] = ()
+    size_bytes: int = 0
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    extra: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class RestoredSalvage:
+    """What bringing saved work back made.
+
+    Attributes:
+        branch: at what the lessee's HEAD was. branches: all that were made.
+        stashes: how many stash entries were made. is_checked_out: whether the files lie in the working tree again.
+    """
+
+    branch: str
+    branches: tuple[str, ...]
+    stashes: int
+    is_checked_out: bool
 
 
 def make_slot_id(repo_name: str, number: int) -> str:

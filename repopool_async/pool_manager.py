@@ -17,7 +17,7 @@ import attrs
 
 from repopool_async._aio import Deadline, TaskSet, in_thread, shielded, together
 from repopool_async._clock import boottime, now
-from repopool_async._git import GitRunner, base_environment, check_git_version
+from repopool_async._git import GitRunner, base_environment, check_git_version, lessee_environment
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
 from repopool_async.config import PoolConfig, PoolOptions, validate_repo_name
 from repopool_async.coordination.files import FileCoordinator
@@ -29,6 +29,8 @@ from repopool_async.exceptions import (
     PoolExistsError,
     PoolManagerError,
     PoolNotFoundError,
+    SalvageError,
+    SalvageNotFoundError,
     SlotNotFoundError,
     StoreError,
 )
@@ -42,8 +44,12 @@ from repopool_async.models import (
     AllocationMetrics,
     AllocationRecord,
     CleanupResult,
+    CommandResult,
+    Lease,
     Pool,
     PoolSummary,
+    RestoredSalvage,
+    SalvageRecord,
     Slot,
     SlotState,
     SlotStatus,
@@ -51,6 +57,7 @@ from repopool_async.models import (
 )
 from repopool_async.repo_pool import RepoPool, Unset
 from repopool_async.run_as import RunAs
+from repopool_async.salvage import Salvage
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
 from repopool_async.slot_keeper import Components
@@ -65,6 +72,8 @@ _FILES_RESERVED: Final = 128
 
 _LESSEE_PROCESSES: Final = 1_000_000
 """How many commands lessees run at once is their business."""
+
+_DETACHED_SECONDS: Final = 3600.0
 
 
 class PoolManager:
@@ -379,16 +388,17 @@ class PoolManager:
             # Asked of the pool, whose options may change while it is open.
             is_wanted=lambda: (self._pools[name].options if name in self._pools else options).submodules,
         )
+        workspace = CloneWorkspace(
+            host=self._host,
+            git=runner,
+            mirror=mirror,
+            submodules=submodules,
+            is_isolated=options.isolation == "full",
+            run_as=run_as,
+        )
         cleaner = SlotCleaner(
             GitOperations(self._host, runner=runner),
-            workspace=CloneWorkspace(
-                host=self._host,
-                git=runner,
-                mirror=mirror,
-                submodules=submodules,
-                is_isolated=options.isolation == "full",
-                run_as=run_as,
-            ),
+            workspace=workspace,
             store=self._store,
             callbacks=self._callbacks,
             on_event=self._bus.emit,
@@ -408,6 +418,15 @@ class PoolManager:
             emit=self._emit,
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
             run_as=run_as,
+            salvage=Salvage(
+                name,
+                str(self._store.pool_directory(name)),
+                host=self._host,
+                git=runner,
+                mirror=mirror,
+                locks=self._locks,
+                workspace=workspace,
+            ),
         )
         pool = self._pools[name] = RepoPool(record, options, parts)
         return pool
@@ -493,20 +512,28 @@ class PoolManager:
         *,
         ref: str | None = None,
         timeout: float | None = 0,
+        detached: bool = False,
+        ttl: float | None = None,
     ) -> LeasedSlot | None:
         """Take a slot (2.1 to 2.3) and keep it until `release_slot`.
 
         Args:
             metadata: anything JSON can hold. ref: as in `lease`.
             timeout: seconds to wait for a slot, None for no limit.
+            detached: whether the lease outlives this process. It is then held by its token (keep slot id and token) and
+                expires unless renewed with `renew_slot`; any process that knows both may release it.
+            ttl: seconds until a detached lease expires; an hour where missing.
 
         Returns:
             None where none became free in time (4.2); one that is being cleaned right now is waited for.
 
-        Raises as `RepoPool.lease` does.
+        Raises as `RepoPool.lease` does, and `ValueError` for a ttl that is none or of a lease that is not detached.
         """
+        if ttl is not None and not detached:
+            raise ValueError("ttl is how long a detached lease lasts; give detached=True too")
         pool = await self.get_pool(repo_name)
-        return await pool.allocate(ref=ref, timeout=timeout, metadata=metadata)
+        seconds = (_DETACHED_SECONDS if ttl is None else ttl) if detached else None
+        return await pool.allocate(ref=ref, timeout=timeout, metadata=metadata, ttl=seconds)
 
     async def release_slot(self, slot: LeasedSlot | str, *, token: int | None = None) -> None:
         """Give a slot back and clean it (2.4); a second call does nothing.
@@ -525,6 +552,97 @@ class PoolManager:
         elif not slot.is_released:
             expected = token if token is not None else slot.token
             await (await self._pool_of(slot.slot_id)).release(slot.slot_id, token=expected)
+
+    async def renew_slot(self, slot_id: str, token: int, ttl: float | None = None) -> Lease:
+        """Extend a detached lease, from whichever process, and return it as it stands.
+
+        Args:
+            ttl: seconds from now; where missing nothing changes and the lease is only confirmed.
+
+        Raises:
+            LeaseLostError: the token is not the present lease's, or that has expired. SlotNotFoundError: there is no
+            such slot. ValueError: the ttl is not a positive number.
+        """
+        return await (await self._pool_of(slot_id)).renew(slot_id, token, ttl)
+
+    async def force_unlock(self, slot_id: str) -> Slot:
+        """Take a slot away from whoever holds it; it is recovered in the background. Returns its record.
+
+        The holder's next step fails with `LeaseLostError` and its `lost` is set within two seconds. What it left
+        unpushed is saved unless the pool says `salvage: never`. A slot that nobody holds stays as it is.
+
+        Raises:
+            SlotNotFoundError: there is no such slot.
+        """
+        return await (await self._pool_of(slot_id)).force_unlock(slot_id)
+
+    # -- saved work ----------------------------------------------------------------------------------------------
+
+    async def list_salvage(self, repo_name: str | None = None) -> list[SalvageRecord]:
+        """Return what was saved of leases that ended badly, of one pool or of all, the oldest first."""
+        records = [record for pool in await self._named(repo_name) for record in await pool.salvage.records()]
+        return sorted(records, key=lambda record: record.created_at)
+
+    async def restore_salvage(self, salvage_id: str, slot: LeasedSlot, *, branch: str | None = None) -> RestoredSalvage:
+        """Bring saved work back into a leased slot of the same pool.
+
+        Commits come back as branches. Where the slot is clean its branch is checked out, files lie there as they did,
+        uncommitted, and stashes are stash entries again; otherwise files and stashes become branches too. The lessee's
+        own git writes the files, as their attributes ask for.
+
+        Args:
+            salvage_id: or its beginning. branch: what to call the branch; `salvage/<short id>` where missing.
+
+        Raises:
+            SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists.
+        """
+        pool = await self._pool_of(slot.slot_id)
+        record = await pool.salvage.find(salvage_id)
+        is_clean = await slot.is_clean_working_tree()
+        return await pool.salvage.restore(record, slot.run, branch=branch, is_clean=is_clean)
+
+    async def restore_salvage_into(
+        self, salvage_id: str, directory: str | os.PathLike[str], *, branch: str | None = None
+    ) -> RestoredSalvage:
+        """Bring saved work into any clone of the repository as branches; its working tree is not touched.
+
+        Raises:
+            SalvageNotFoundError: there is none of that id. SalvageError: git refused.
+        """
+        pool, record = await self._saved(salvage_id)
+
+        async def run(*argv: str, env: Mapping[str, str] | None = None) -> CommandResult:
+            environment = {**lessee_environment(), **(env or {})}
+            done = await self._host.run(argv, env=environment, cwd=os.path.abspath(directory))  # noqa: ASYNC240, PTH100
+            if done.exit_code != 0:
+                words = done.stderr.decode(errors="replace").strip()
+                raise SalvageError(f"{record.salvage_id[:8]}: cannot be restored: {words}", repo_name=pool.name)
+            return done
+
+        return await pool.salvage.restore(record, run, branch=branch, is_clean=False)
+
+    async def describe_salvage(self, salvage_id: str) -> tuple[SalvageRecord, str]:
+        """Return saved work, and git's table of the files that differ from the lessee's HEAD."""
+        pool, record = await self._saved(salvage_id)
+        return record, await pool.salvage.describe(record)
+
+    async def delete_salvage(self, salvage_id: str) -> None:
+        """Delete saved work for good.
+
+        Raises:
+            SalvageNotFoundError: there is none of that id.
+        """
+        pool, record = await self._saved(salvage_id)
+        await pool.salvage.delete(record.salvage_id)
+
+    async def _saved(self, salvage_id: str) -> tuple[RepoPool, SalvageRecord]:
+        failure: SalvageNotFoundError | None = None
+        for pool in await self._named(None):
+            try:
+                return pool, await pool.salvage.find(salvage_id)
+            except SalvageNotFoundError as error:
+                failure = error
+        raise failure or SalvageNotFoundError(f"no saved work {salvage_id!r}: there are no pools")
 
     # -- slots ---------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import attrs
 from repopool_async._aio import Deadline, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
-from repopool_async._identity import new_lease_id
+from repopool_async._identity import boot_id, new_lease_id
 from repopool_async.config import PoolOptions
 from repopool_async.coordination.base import Grant
 from repopool_async.exceptions import (
@@ -30,10 +30,12 @@ from repopool_async.exceptions import (
     PoolTimeoutError,
     SlotAllocationError,
     SlotInUseError,
+    SlotNotFoundError,
     TooManyRequestsError,
 )
 from repopool_async.lease import LeasedSlot
-from repopool_async.models import Lease, Pool, PoolSummary, ResolvedRef, Slot, SlotState
+from repopool_async.models import Lease, LeaseEnd, Pool, PoolSummary, ResolvedRef, Slot, SlotState
+from repopool_async.salvage import Salvage
 from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
@@ -79,6 +81,11 @@ class RepoPool:
     def name(self) -> str:
         """The pool's name."""
         return self.record.repo_name
+
+    @property
+    def salvage(self) -> Salvage:
+        """What lessees that ended badly left unpushed."""
+        return self._parts.salvage
 
     def __repr__(self) -> str:
         return (
@@ -139,6 +146,10 @@ class RepoPool:
     ) -> LeasedSlot | None:
         """Take a slot and keep it until `give_back`; None where none became free in time.
 
+        Args:
+            ttl: seconds until the lease expires unless renewed; it then outlives this process, and whoever knows slot
+                id and token may renew and release it. None for a lease that lives with this process.
+
         A slot that is being cleaned right now is waited for, whatever the timeout. Raises as `lease` does, but for the
         time-out.
         """
@@ -173,7 +184,7 @@ class RepoPool:
         opened = self._open.pop(leased.lease_id, None)
         if opened is not None:
             leased._end()  # noqa: SLF001 - the pool is the one caller
-            slot = await self._parts.coordinator.begin_return(opened.grant)
+            slot = await self._begin_return(opened.grant)
             self._parts.allocator.record_release(self.name, boottime() - opened.started)
             self._parts.emit("slot.released", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
             if self.options.clean_on_release:
@@ -184,6 +195,15 @@ class RepoPool:
         task = self.keeper.returning.get(leased.slot_id)
         if inline and task is not None:
             await asyncio.wait([task])
+
+    async def _begin_return(self, grant: Grant) -> Slot:
+        try:
+            return await self._parts.coordinator.begin_return(grant)
+        except SlotNotFoundError as error:
+            slot_id = grant.slot.slot_id
+            raise LeaseLostError(
+                f"{slot_id}: was taken away and deleted while leased", slot_id=slot_id, repo_name=self.name
+            ) from error
 
     async def release(self, slot_id: str, *, token: int | None) -> None:
         """End the lease of a slot by id and clean it; where it is not leased (any more), do nothing.
@@ -203,18 +223,64 @@ class RepoPool:
                 slot_id=slot_id,
                 repo_name=self.name,
             )
-        if slot.state is SlotState.ALLOCATED:
+        if (
+            slot.state is SlotState.ALLOCATED
+            and token is not None
+            and slot.lease is not None
+            and slot.lease.is_detached
+        ):
+            await shielded(self._release_detached(slot_id, token), name=f"return-{slot_id}")
+        elif slot.state is SlotState.ALLOCATED:
+            is_detached = slot.lease is not None and slot.lease.is_detached
+            who = "who knows its token" if is_detached else "the process that took the lease"
             raise SlotInUseError(
-                f"{slot_id}: only the process that took the lease may end it; {describe_holder(slot)}",
+                f"{slot_id}: only {who} may end the lease; {describe_holder(slot)}",
                 slot_id=slot_id,
                 repo_name=self.name,
             )
+
+    async def _release_detached(self, slot_id: str, token: int) -> None:
+        hold = await self._parts.coordinator.release_detached(slot_id, token)
+        lease_id = hold.slot.lease.lease_id if hold.slot.lease else None
+        self._parts.emit("slot.released", {"slot_id": slot_id, "lease_id": lease_id})
+        self.keeper.clean_later(hold, hold.slot)
+        self._changed.set()
+        task = self.keeper.returning.get(slot_id)
+        if task is not None:
+            await asyncio.wait([task])
+
+    async def renew(self, slot_id: str, token: int, ttl: float | None) -> Lease:
+        """Move a detached lease's expiry to `ttl` seconds from now; None only confirms the lease.
+
+        Raises:
+            LeaseLostError: the token is not the present lease's, or that has expired. ValueError: the ttl is none.
+        """
+        return await self._parts.coordinator.renew(slot_id, token, ttl)
+
+    async def force_unlock(self, slot_id: str) -> Slot:
+        """Take a slot away from whoever holds it, and have it recovered in the background.
+
+        The holder's next step fails with `LeaseLostError`; here its `lost` is set at once, elsewhere within two
+        seconds. What it left is saved unless `salvage` is `never`.
+        """
+        slot = await self._parts.coordinator.force_unlock(slot_id)
+        await self.notice_lost_leases()
+        await self.keeper.recover()
+        self._changed.set()
+        return slot
+
+    async def reap_expired_leases(self) -> None:
+        """Recover the slots of detached leases that nobody renewed in time."""
+        slots = await self._parts.coordinator.list_slots(self.name)
+        if any(_is_expired(slot) for slot in slots):
+            await self.keeper.recover()
 
     async def notice_lost_leases(self) -> None:
         """Set `lost` of every lease of this process that was taken away."""
         for opened in list(self._open.values()):
             if not opened.leased.lost.is_set() and not await self._parts.coordinator.is_held(opened.grant):
                 opened.leased.lost.set()
+                self._changed.set()
                 self._parts.emit("lease.lost", {"slot_id": opened.leased.slot_id, "lease_id": opened.leased.lease_id})
 
     async def _give_back_after(self, opened: _Open, error: BaseException) -> None:
@@ -359,6 +425,8 @@ class RepoPool:
             slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
             grant.slot = await self._parts.coordinator.update(grant, slot)
             grant.lease = lease
+        if attempt.ttl is not None:
+            lease = await self._parts.coordinator.detach(grant)
         waited = boottime() - attempt.started
         self._parts.allocator.record_allocation(self.name, waited, warm="warm" in result.steps)
         self._parts.emit(
@@ -483,19 +551,19 @@ class RepoPool:
         """Give holders and cleanings until the deadline, then leave the rest to recovery.
 
         Afterwards nothing of this pool runs and no lock is held; slots that were not finished are CLEANING or
-        ALLOCATED without a lock, which whoever opens the directory next recovers.
+        ALLOCATED without a lock, which whoever opens the directory next recovers. Detached leases go on.
         """
         self.refuse()
         try:
             async with deadline.limit():
-                while self._open or self.keeper.returning:
+                while self._bound() or self.keeper.returning:
                     self._changed.clear()
                     await self._changed.wait() if not self.keeper.returning else await self.keeper.wait_clean()
         except TimeoutError:
             _log.warning(
                 "%s: closed with %d leases open and %d cleanings unfinished; recovery will finish them",
                 self.name,
-                len(self._open),
+                len(self._bound()),
                 len(self.keeper.returning),
             )
         await self.keeper.stop()
@@ -503,11 +571,28 @@ class RepoPool:
             await self._cut_off(opened)
         await self._parts.mirror.aclose()
 
+    def _bound(self) -> list[_Open]:
+        """Return the leases that end with this process, as far as they still stand."""
+        opened = self._open.values()
+        return [one for one in opened if not one.grant.lease.is_detached and not one.leased.lost.is_set()]
+
     async def _cut_off(self, opened: _Open) -> None:
         self._open.pop(opened.grant.lease.lease_id, None)
-        opened.leased.lost.set()
         opened.leased._end()  # noqa: SLF001 - the pool is the one caller
-        await shielded(self._parts.coordinator.abandon_hold(opened.grant), name=f"abandon-{opened.grant.slot.slot_id}")
+        if opened.grant.lease.is_detached:
+            return
+        opened.leased.lost.set()
+        await shielded(self._abandon(opened.grant), name=f"abandon-{opened.grant.slot.slot_id}")
+
+    async def _abandon(self, grant: Grant) -> None:
+        """Let go of a leased slot, and say so for whoever recovers it."""
+        try:
+            await self._parts.coordinator.update(grant, attrs.evolve(grant.slot, unsaved=LeaseEnd.CLOSED))
+        except LeaseLostError:
+            _log.debug("%s: was taken away before", grant.slot.slot_id)
+        except (PoolManagerError, OSError) as error:
+            _log.warning("%s: that its pool was closed could not be noted: %s", grant.slot.slot_id, error)
+        await self._parts.coordinator.abandon_hold(grant)
 
     async def delete(self, *, force: bool) -> None:
         """Delete every slot and the mirror.
@@ -525,9 +610,10 @@ class RepoPool:
         self.refuse()
         for slot in leased:
             await self._parts.coordinator.force_unlock(slot.slot_id)
+        await self.notice_lost_leases()
         await self.close(Deadline.after(self.options.cleanup_timeout if not force else 0))
         for slot in slots:
-            await self.keeper.remove_slot(slot.slot_id)
+            await self.keeper.remove_slot(slot.slot_id, saves_work=False)
         await self._parts.store.delete_pool(self.name)
 
 
@@ -555,3 +641,10 @@ class _Attempt:
 
 def _closed(name: str) -> ManagerClosedError:
     return ManagerClosedError(f"{name}: the pool is closed; open a new PoolManager", repo_name=name)
+
+
+def _is_expired(slot: Slot) -> bool:
+    lease = slot.lease
+    if slot.state is not SlotState.ALLOCATED or lease is None or lease.expires_boottime is None:
+        return False
+    return lease.owner.boot_id != boot_id() or lease.expires_boottime <= boottime()

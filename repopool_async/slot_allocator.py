@@ -77,7 +77,9 @@ def cleaning(slot: Slot) -> Slot:
 def available(slot: Slot, seal: Seal, now: datetime) -> Slot:
     """Return the record of a slot that was verified clean."""
     last_used_at = slot.last_used_at if slot.lease is None else now
-    return attrs.evolve(slot, state=SlotState.AVAILABLE, lease=None, seal=seal, error=None, last_used_at=last_used_at)
+    return attrs.evolve(
+        slot, state=SlotState.AVAILABLE, lease=None, seal=seal, error=None, last_used_at=last_used_at, unsaved=None
+    )
 
 
 def broken(slot: Slot, reason: str) -> Slot:

@@ -207,7 +207,7 @@ class SlotCleaner:
         """
         rung = first
         has_freed = False
-        log.rung = None if first is Rung.CLEAN else first
+        log.rung = None if first is self._ordinary_rung else first
         while True:
             try:
                 return await self._try_rung(log, slot, checkout, rung)
@@ -249,10 +249,19 @@ class SlotCleaner:
         await _call(self._callbacks.reset, slot)
         return await self._sealed(log, slot, checkout, work)
 
+    async def end_lease(self, slot: Slot) -> None:
+        """End what the last lease left running; cleaning does so by itself."""
+        await self._end_lease(slot)
+
+    @property
+    def _ordinary_rung(self) -> Rung:
+        """Where every cleaning of this pool begins."""
+        return Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
+
     async def _end_lease(self, slot: Slot) -> Rung:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
         # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
-        first = Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
+        first = self._ordinary_rung
         if slot.lease is None and self._run_as is None:
             return first
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from typing import Any, Final
 
 import attrs
@@ -21,8 +22,9 @@ from repopool_async.exceptions import CleanupError, GitOperationError, LeaseLost
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
 from repopool_async.mirror import Mirror
-from repopool_async.models import CleanupResult, Slot, SlotState, make_slot_id
+from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState, make_slot_id
 from repopool_async.run_as import RunAs
+from repopool_async.salvage import Salvage
 from repopool_async.slot_allocator import SlotAllocator, available, broken
 from repopool_async.slot_cleaner import SlotCleaner
 from repopool_async.slot_store import SlotStore
@@ -31,6 +33,7 @@ from repopool_async.workspaces.base import Checkout
 _log: Final = logging.getLogger("repopool")
 
 _RETRY_SECONDS: Final = 0.1
+_TIDYING_SECONDS: Final = 600.0
 
 _Work = Callable[[Checkout], Awaitable[CleanupResult]]
 
@@ -44,6 +47,7 @@ class Components:
         lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
         cleaning: bounds how many slots are cleaned or made at once.
         run_as: the user that lessees run as, where it is another.
+        salvage: the pool's saved work.
     """
 
     host: Host
@@ -56,6 +60,7 @@ class Components:
     lessee_git: GitOperations
     emit: Callable[[str, Mapping[str, Any]], None]
     cleaning: asyncio.Semaphore
+    salvage: Salvage
     run_as: RunAs | None = None
 
 
@@ -71,6 +76,7 @@ class SlotKeeper:
     ) -> None:
         self.options = options
         self.last_recovery = float("-inf")
+        self._last_tidying = float("-inf")
         self._name = repo_name
         self._repo_url = repo_url
         self._parts = parts
@@ -125,8 +131,10 @@ class SlotKeeper:
     async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
         """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
         try:
-            async with self._parts.cleaning, asyncio.timeout(self.options.cleanup_timeout):
-                result: CleanupResult = await work(await self._standing(slot))
+            async with self._parts.cleaning:
+                slot, work = await self._save_work(hold, slot, work)
+                async with asyncio.timeout(self.options.cleanup_timeout):
+                    result: CleanupResult = await work(await self._standing(slot))
             assert result.seal is not None
             await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
@@ -139,6 +147,55 @@ class SlotKeeper:
             self._returning.pop(slot.slot_id, None)
             self._holds.pop(slot.slot_id, None)
             self._on_change()
+
+    async def _save_work(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, _Work]:
+        """Save what the last lease left, where that is due, and return what to go on with.
+
+        What cannot be saved is moved aside as it is, and the tree made anew: neither is work lost nor the slot blocked.
+        """
+        if not self._is_due(slot.unsaved):
+            return slot, work
+        about = {"slot_id": slot.slot_id, "lease_id": slot.lease.lease_id if slot.lease else None}
+        try:
+            async with asyncio.timeout(self.options.cleanup_timeout):
+                await self._parts.cleaner.end_lease(slot)
+                record = await self._parts.salvage.save(slot, limit_bytes=self.options.salvage_limit)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the work must be kept and the slot must go on
+            path = await self._parts.salvage.set_aside(slot, error)
+            self._parts.emit(
+                "slot.salvage_failed", {**about, "error": str(error) or type(error).__name__, "path": path}
+            )
+            work = self._making_anew(slot)
+        else:
+            if record is not None:
+                self._parts.emit("slot.salvaged", {**about, "salvage_id": record.salvage_id, "skipped": record.skipped})
+        return await self._parts.coordinator.update(hold, attrs.evolve(slot, unsaved=None)), work
+
+    def _is_due(self, unsaved: str | None) -> bool:
+        match self.options.salvage:
+            case "never":
+                return False
+            case "always":
+                return unsaved is not None
+            case _:
+                return unsaved not in (None, LeaseEnd.RETURNED)
+
+    def _making_anew(self, slot: Slot) -> _Work:
+        return lambda checkout: self._parts.cleaner.repair_slot(slot, checkout)
+
+    async def tidy_salvage(self) -> None:
+        """Delete saved work that is older than `salvage_days`, and what killed processes left half saved."""
+        if boottime() - self._last_tidying < _TIDYING_SECONDS:
+            return
+        self._last_tidying = boottime()
+        expired = await self._parts.salvage.expire(now() - timedelta(days=self.options.salvage_days))
+        if expired:
+            self._parts.emit("salvage.expired", {"repo_name": self._name, "salvage_ids": expired})
+        await self._parts.salvage.sweep(self._unsaved_leases)
+
+    async def _unsaved_leases(self) -> set[str]:
+        slots = await self._parts.coordinator.list_slots(self._name)
+        return {slot.lease.lease_id for slot in slots if slot.lease is not None}
 
     async def _standing(self, slot: Slot) -> Checkout:
         """Say what a slot shall show while nobody has it; its last branch's newest commit where warming is on."""
@@ -265,13 +322,22 @@ class SlotKeeper:
             return  # finished in the instant in which the maker was cancelled: the slot exists and is good
         await self._parts.cleaner.discard(slot)
 
-    async def remove_slot(self, slot_id: str) -> None:
+    async def remove_slot(self, slot_id: str, *, saves_work: bool = True) -> None:
         """Delete an unleased slot, directory and all (7.3 to 7.5).
+
+        Args:
+            saves_work: whether what a lessee that ended badly left there is saved first.
 
         Raises:
             SlotInUseError: it is leased (7.4). SlotNotFoundError: there is none. TimeoutError: it was busy too long.
         """
         hold = await self._hold(slot_id)
+        if saves_work:
+            try:
+                await self._save_work(hold, hold.slot, self._making_anew(hold.slot))
+            except BaseException:
+                await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+                raise
         await shielded(self._unmake(hold, hold.slot), name=f"remove-{slot_id}")
         self._parts.emit("slot.removed", {"slot_id": slot_id})
         self._on_change()

@@ -21,7 +21,16 @@ from repopool_async._clock import boottime, now
 from repopool_async._codec import CodecError, add_checksum, dumps, loads, remove_checksum
 from repopool_async.config import validate_repo_name, without_credentials
 from repopool_async.exceptions import ConfigError, PoolNotFoundError, SlotNotFoundError, StoreError
-from repopool_async.models import AllocationRecord, CleanupResult, Lease, Pool, Slot, make_slot_id, parse_slot_id
+from repopool_async.models import (
+    AllocationRecord,
+    CleanupResult,
+    Lease,
+    LeaseEnd,
+    Pool,
+    Slot,
+    make_slot_id,
+    parse_slot_id,
+)
 
 T = TypeVar("T")
 OnEvent = Callable[[str, Mapping[str, object]], None]
@@ -411,6 +420,7 @@ class SlotStore:
             # average, so the seconds since 1970 are ahead of any count of leases.
             token=max([int(time.time()), *(token + 1 for token in tokens)]),
             lease=_lease_of(given[-1]) if given and given[-1] is records[-1] else None,
+            unsaved=LeaseEnd.CRASHED if given and given[-1] is records[-1] else None,
             last_used_at=records[-1].at if records else None,
             last_branch=given[-1].branch if given else None,
             allocation_count=len(given),

@@ -611,7 +611,7 @@ SAMPLES: dict[str, Any] = {
     "keep": ["node_modules"],
     "setup": "npm ci",
     "setup_key": ["package-lock.json"],
-    "salvage": "abnormal",
+    "salvage": "always",
     "salvage_days": 3,
     "salvage_limit": "5GB",
     "disk_limit": "50GiB",
@@ -807,7 +807,7 @@ class TestOptions:
         assert options.warmup_enabled
         assert (options.lock_timeout, options.cleanup_timeout, options.acquire_timeout) == (30.0, 600.0, 30.0)
         assert (options.git_timeout, options.git_idle_timeout, options.fetch_attempts) == (3600.0, 300.0, 3)
-        assert (options.salvage, options.salvage_limit, options.cleanup) == ("never", 1 << 30, "background")
+        assert (options.salvage, options.salvage_limit, options.cleanup) == ("abnormal", 1 << 30, "background")
 
     def test_cannot_be_changed(self) -> None:
         options = PoolOptions()

@@ -19,10 +19,13 @@ from repopool_async.models import (
     CommandResult,
     GitResult,
     Lease,
+    LeaseEnd,
     Owner,
     Pool,
     PoolSummary,
     ResolvedRef,
+    RestoredSalvage,
+    SalvageRecord,
     Seal,
     Slot,
     SlotState,
@@ -233,7 +236,13 @@ EXAMPLES: Final[list[Any]] = [
     CommandResult(exit_code=-9, stdout=b"caf\xe9\x00\n", stderr=b"", duration_seconds=0.5, is_truncated=True),
     GitResult(args=("fetch", "origin"), exit_code=0, stdout=b"\xff\xfe", stderr="", duration_seconds=0.5),
     ResolvedRef(asked="main", commit="b" * 40, branch="main"),
-]
+    SalvageRecord(
+        salvage_id="lease-1", repo_name="web", slot_id="workspace-web-slot1", lease_id="lease-1", commit="c" * 40,
+        reason=LeaseEnd.CRASHED, created_at=NOON, base="a" * 40, head="b" * 40, owner=OWNER,
+        branches={"main": "b" * 40}, stash_commits=("d" * 40,), stash_messages=("s",), skipped=("x: too large",),
+    ),
+    RestoredSalvage(branch="salvage/lease-1", branches=("salvage/lease-1",), stashes=1, is_checked_out=True),
+]  # fmt: skip
 RECORDS: Final = [kind for kind in vars(models).values() if isinstance(kind, type) and attrs.has(kind)]
 
 

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     log = add("log", "print a slot's allocation history and clean-up log, oldest first")
     log.add_argument("slot_id", metavar="SLOT_ID")
     log.add_argument("--limit", type=_count, metavar="N", help="only the newest N entries")
+    _add_salvage(verbs)
     return parser
 
 
@@ -122,6 +123,20 @@ def _add_status(verbs: Any) -> None:
     status = _adder(verbs, "_status")("status", "show pools and slots, without touching them")
     status.add_argument("pool", metavar="POOL", nargs="?", help="only this pool")
     status.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_salvage(verbs: Any) -> None:
+    about = "what was saved of leases that ended badly: list it, show it, bring it back"
+    salvage = verbs.add_parser("salvage", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    add = _adder(salvage.add_subparsers(dest="action", required=True, metavar="ACTION"), "_salvage")
+    listing = add("list", "list saved work, the oldest first")
+    listing.add_argument("pool", metavar="POOL", nargs="?", help="only of this pool")
+    listing.add_argument("--json", action="store_true", help="as JSON, a line each")
+    add("show", "show one lease's saved work").add_argument("salvage_id", metavar="ID", help="or its beginning")
+    restore = add("restore", "bring saved work into a clone of the repository, as branches")
+    restore.add_argument("salvage_id", metavar="ID", help="or its beginning")
+    restore.add_argument("directory", metavar="DIR", nargs="?", default=".", help="the clone (default: here)")
+    restore.add_argument("--branch", metavar="B", help="what to call the branch (default: salvage/<short id>)")
 
 
 class _Version(argparse.Action):

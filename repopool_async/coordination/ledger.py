@@ -24,7 +24,7 @@ from repopool_async.coordination.base import Grant, Hold
 from repopool_async.coordination.view import PoolView
 from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
 from repopool_async.lock_manager import HeldLock, LockManager
-from repopool_async.models import AllocationRecord, Lease, Owner, Slot, SlotState, parse_slot_id
+from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Owner, Slot, SlotState, parse_slot_id
 from repopool_async.slot_allocator import allocated, cleaning, order_candidates
 from repopool_async.slot_store import SlotStore
 
@@ -130,7 +130,7 @@ class Ledger:
             if stored.state is not SlotState.ALLOCATED:
                 raise _lost(stored, grant.token)
             held_seconds = self._held_seconds(stored)
-            grant.slot = self._write(_after_use(stored, held_seconds))
+            grant.slot = self._write(_after_use(stored, held_seconds, LeaseEnd.RETURNED))
         self._remember("released", grant.slot, held_seconds=held_seconds)
         return grant.slot
 
@@ -141,7 +141,7 @@ class Ledger:
             if stored.token != token or not self._is_kept_by_record(stored):
                 raise _lost(stored, token)
             held_seconds = self._held_seconds(stored)
-            hold = candidate.keep(_after_use(stored, held_seconds), may_seize=True)
+            hold = candidate.keep(_after_use(stored, held_seconds, LeaseEnd.RETURNED), may_seize=True)
         self._remember("released", hold.slot, held_seconds=held_seconds)
         return hold
 
@@ -192,7 +192,8 @@ class Ledger:
             if not self._needs_recovery(stored) or not (candidate.is_locked or is_expired):
                 return None
             held_seconds = self._held_seconds(stored) if stored.state is SlotState.ALLOCATED else None
-            slot = attrs.evolve(_after_use(stored, held_seconds or 0.0), token=stored.token + 1)
+            end = LeaseEnd.EXPIRED if is_expired else LeaseEnd.CRASHED
+            slot = attrs.evolve(_after_use(stored, held_seconds or 0.0, end), token=stored.token + 1)
             hold = candidate.keep(slot, may_seize=is_expired)
         self._remember("expired" if is_expired else "recovered", hold.slot, held_seconds=held_seconds)
         if is_expired:
@@ -206,7 +207,8 @@ class Ledger:
             if not is_leased and not self._locks.is_locked_sync(slot_id):
                 return stored
             held_seconds = self._held_seconds(stored) if is_leased else None
-            after = stored if stored.state is SlotState.ERROR else _after_use(stored, held_seconds or 0.0)
+            is_broken = stored.state is SlotState.ERROR
+            after = stored if is_broken else _after_use(stored, held_seconds or 0.0, LeaseEnd.FORCED)
             # Killed between these two, we leave a holder whose token is stale; the other way round, the same.
             slot = self._write(attrs.evolve(after, token=stored.token + 1))
             self._locks.replace_sync(slot_id)
@@ -481,8 +483,11 @@ def _ordered(slots: list[Slot], want: Want) -> list[Slot]:
     return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)
 
 
-def _after_use(slot: Slot, held_seconds: float) -> Slot:
-    return attrs.evolve(cleaning(slot), total_allocated_seconds=slot.total_allocated_seconds + held_seconds)
+def _after_use(slot: Slot, held_seconds: float, end: LeaseEnd) -> Slot:
+    """Return the record after a lease; how it ended is noted once, whatever happens to the slot before it is clean."""
+    unsaved = slot.unsaved or (str(end) if slot.state is SlotState.ALLOCATED else None)
+    total = slot.total_allocated_seconds + held_seconds
+    return attrs.evolve(cleaning(slot), total_allocated_seconds=total, unsaved=unsaved)
 
 
 def _with_expiry(slot: Slot, expires_boottime: float) -> Slot:

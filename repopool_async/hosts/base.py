@@ -201,6 +201,38 @@ class EndedProcesses:
     survivors: tuple[int, ...] = ()
 
 
+@attrs.frozen
+class Wanted:
+    """Files worth taking out of a directory that somebody else filled.
+
+    Attributes:
+        pattern: a regular expression that a file's name, relative to that directory, must match as a whole.
+        limit_bytes: the largest that is taken.
+        is_read: whether the contents are returned instead of copied.
+        named_by: the hash that deflated contents must have, whose hexadecimal digits the last two parts of the name
+            are; whatever differs is not taken. Empty for no such check.
+    """
+
+    pattern: str
+    limit_bytes: int
+    is_read: bool = False
+    named_by: str = ""
+
+
+@attrs.frozen
+class Collected:
+    """What was taken.
+
+    Attributes:
+        names: of the files copied. contents: of those read, by name.
+        skipped: what matched and was not taken, a line each, name and reason.
+    """
+
+    names: tuple[str, ...]
+    contents: Mapping[str, bytes]
+    skipped: tuple[str, ...]
+
+
 class HostProcess(Protocol):
     """A running command with streams."""
 
@@ -375,3 +407,34 @@ class Host(Protocol):
 
     async def is_network_file_system(self, path: str) -> bool:
         """Return whether `path` lies on a network file system; False where the platform cannot say."""
+
+    async def collect_files(
+        self,
+        root: str,
+        inside: str,
+        target: str,
+        wanted: Sequence[Wanted],
+        *,
+        enter: str,
+        limit_bytes: int,
+        limit_files: int,
+    ) -> Collected:
+        """Copy regular files of a directory somewhere below `root` to `target`, under the same relative names.
+
+        No link is followed, at whatever step, nothing special is opened, no other file system is entered.
+
+        Args:
+            inside: the directory, relative to `root`; what is no directory holds nothing.
+            target: a directory of ours; none of the files may be there.
+            enter: a regular expression that the relative name of a directory below must match to be entered.
+            limit_bytes, limit_files: of all together.
+
+        Raises:
+            OSError: the target cannot be written.
+        """
+
+    async def measure_entries(self, root: str, names: Sequence[str]) -> list[int | None]:
+        """Return the sizes of entries of a tree, and make regular files readable to their owner.
+
+        None stands for what is neither a regular file nor a link, or has parents that are no real directories.
+        """

@@ -17,10 +17,11 @@ from contextlib import AbstractAsyncContextManager, suppress
 from repopool_async import _files
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _marked, _ownership, _tree
+from repopool_async.hosts import _collect, _marked, _ownership, _tree
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
     DEFAULT_STDOUT_LIMIT,
+    Collected,
     Command,
     CopyFile,
     Discard,
@@ -37,6 +38,7 @@ from repopool_async.hosts.base import (
     SetAccess,
     Settled,
     TreeInspection,
+    Wanted,
     WriteFile,
 )
 from repopool_async.models import CommandResult
@@ -168,6 +170,26 @@ class LocalHost:
     async def is_network_file_system(self, path: str) -> bool:
         """See `Host.is_network_file_system`."""
         return await in_thread(_files.is_network_file_system, path)
+
+    async def collect_files(
+        self,
+        root: str,
+        inside: str,
+        target: str,
+        wanted: Sequence[Wanted],
+        *,
+        enter: str,
+        limit_bytes: int,
+        limit_files: int,
+    ) -> Collected:
+        """See `Host.collect_files`."""
+        return await in_thread(
+            _collect.collect_files, root, inside, target, tuple(wanted), enter, limit_bytes, limit_files
+        )
+
+    async def measure_entries(self, root: str, names: Sequence[str]) -> list[int | None]:
+        """See `Host.measure_entries`."""
+        return await in_thread(_collect.measure_entries, root, tuple(names)) if names else []
 
     # -- processes -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import attrs
 
+from repopool_async.hosts.base import TreeInspection
 from repopool_async.models import Seal, Slot
 
 
@@ -56,6 +57,25 @@ class Work:
     removed: int = 0
     restored: int = 0
     warm: bool = False
+
+
+@attrs.frozen
+class Remains:
+    """What a strategy knows of a tree that a lessee had, for whoever saves the lessee's work from it.
+
+    Attributes:
+        base: the commit the tree showed when the lease began.
+        index: path of the pool's own index of that tree, to be copied with its modification time.
+        inspection: what one look at the tree found.
+        knows_changes: whether `inspection.changed` names what changed since the lease began, and not just everything.
+        is_untouched: whether nothing did.
+    """
+
+    base: str
+    index: str
+    inspection: TreeInspection
+    knows_changes: bool
+    is_untouched: bool
 
 
 class WorkspaceStrategy(Protocol):
@@ -114,6 +134,13 @@ class WorkspaceStrategy(Protocol):
 
     async def free_space(self, slot: Slot) -> None:
         """Delete at once what was thrown away, as far as that is possible; elsewhere it waits for an idle moment."""
+
+    async def remains(self, slot: Slot) -> Remains | None:
+        """Look at what a lessee left in a tree that nobody cleaned yet; None where there is no tree.
+
+        Raises:
+            CleanupError: nothing is known of the tree. OSError: it cannot be looked at.
+        """
 
     async def discard(self, slot: Slot) -> None:
         """Forget what the strategy keeps for the slot outside the slot's own directory."""

@@ -35,9 +35,9 @@ from repopool_async.hosts.base import (
 )
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Seal, Slot
-from repopool_async.refs import RefsSnapshot
+from repopool_async.refs import FULL_ID, RefsSnapshot
 from repopool_async.run_as import RunAs
-from repopool_async.workspaces.base import Checkout, Rung, Work
+from repopool_async.workspaces.base import Checkout, Remains, Rung, Work
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.submodule_plan import Plan, Submodule
 from repopool_async.workspaces.submodules import Place, Submodules
@@ -252,6 +252,29 @@ class CloneWorkspace:
         for name in await self._host.list_directory(trash):
             with suppress(OSError):  # what cannot be deleted is met again, and reported, by whoever empties the trash
                 await self._host.remove_tree(f"{trash}/{name}")
+
+    async def remains(self, slot: Slot) -> Remains | None:
+        """See `WorkspaceStrategy.remains`."""
+        paths = _Paths(slot.path)
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY:
+            return None
+        base = (await self._host.read_bytes(f"{paths.git}/HEAD", limit=4096) or b"").decode(errors="replace").strip()
+        if FULL_ID.fullmatch(base) is None and slot.seal is not None:
+            base = slot.seal.commit  # interrupted between two commits: what differs from the former is saved
+        if FULL_ID.fullmatch(base) is None:
+            raise CleanupError(f"{slot.slot_id}: nothing tells what the tree showed", slot_id=slot.slot_id)
+        since = await self._trusted_mark(slot.seal) if _is_same_tree(root, slot.seal) else None
+        settled = await self._settled(slot)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
+        is_quiet = since is not None and root.ctime_ns < settled.since_ns
+        return Remains(
+            base=base,
+            index=f"{paths.git}/index",
+            inspection=inspection,
+            knows_changes=since is not None,
+            is_untouched=is_quiet and _is_untouched(inspection),
+        )
 
     async def discard(self, slot: Slot) -> None:
         """See `WorkspaceStrategy.discard`."""
