@@ -280,7 +280,7 @@ def python() -> str:
     for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         if os.access(os.path.realpath(path), os.X_OK):
             return path
-    raise AssertionError("there is no Python that this user may run")
+    raise NotPossibleError("there is no Python that this user may run")
 
 
 def can_run(*argv: str) -> bool:

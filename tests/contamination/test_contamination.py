@@ -40,10 +40,11 @@ ROOT = Path(__file__).parents[2]
 def made(**options: Any) -> Iterator[Bench]:
     # Not below the usual temporary directory, whose long names leave no room for paths at the limit.
     directory = Path(tempfile.mkdtemp(prefix="repopool-"))
-    bench = Bench(directory, **options)
-    yield bench
-    bench.throw_away_pool()
-    shutil.rmtree(directory)
+    try:
+        yield (bench := Bench(directory, **options))
+        bench.throw_away_pool()
+    finally:
+        subprocess.run(["rm", "-rf", directory], check=False)
 
 
 @pytest.fixture(scope="module")
