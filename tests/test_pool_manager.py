@@ -615,9 +615,7 @@ async def test_callbacks_plug_in_around_cleaning(tmp_path: Path, origin: Path) -
     assert seen == ["configure", "reset", "reset", "reset"]
 
 
-async def test_check_finds_and_mends_what_was_changed_behind_the_pools_back(
-    manager: PoolManager, origin: Path
-) -> None:
+async def test_check_finds_and_mends_what_was_changed_behind_the_pools_back(manager: PoolManager, origin: Path) -> None:
     await manager.create_pool("web", str(origin), num_slots=2)
     status = await manager.get_slot_status("workspace-web-slot2")
     Path(status.path, "README.md").write_text("tampered")

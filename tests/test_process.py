@@ -291,8 +291,8 @@ class TestProcessGroups:
         assert min([await timed() for _ in range(10)]) < 0.1
 
 
-STUBBORN = f"trap '' TERM; echo ready; (sleep {FOREVER}; sleep {FOREVER}) & sleep {FOREVER}; sleep {FOREVER}"
-POLITE = f"echo ready; sleep {FOREVER} & sleep {FOREVER}; sleep {FOREVER}"
+STUBBORN = f"trap '' TERM; (sleep {FOREVER}; sleep {FOREVER}) & echo ready; sleep {FOREVER}; sleep {FOREVER}"
+POLITE = f"sleep {FOREVER} & echo ready; sleep {FOREVER}; sleep {FOREVER}"
 
 
 class TestCancellation:

@@ -5,6 +5,7 @@ from tests.contamination import (
     vectors_executing,
     vectors_files,
     vectors_index,
+    vectors_names,
     vectors_objects,
     vectors_operations,
     vectors_refs,
@@ -15,8 +16,8 @@ from tests.contamination.kit import VECTORS, Vector
 __all__ = ["VECTORS", "Vector", "for_user"]
 
 _MODULES = (
-    vectors_files, vectors_index, vectors_operations, vectors_refs, vectors_config, vectors_executing, vectors_objects,
-    vectors_tree,
+    vectors_files, vectors_names, vectors_index, vectors_operations, vectors_refs, vectors_config, vectors_executing,
+    vectors_objects, vectors_tree,
 )  # fmt: skip
 
 

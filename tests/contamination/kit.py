@@ -4,6 +4,7 @@ A vector is a function that does one thing to a leased slot, as any process of t
 pools: the same vectors are played against other recipes for comparison. What became of the slot is judged elsewhere.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -24,6 +25,13 @@ _LIFE_SECONDS = 60
 """What a vector leaves running ends itself after this, should nobody else do so."""
 
 
+class NotPossibleError(Exception):
+    """This machine, file system or user cannot play a vector."""
+
+
+NOT_POSSIBLE = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOTTY, errno.ENOSYS})
+
+
 @attrs.frozen
 class Vector:
     """One contamination.
@@ -42,6 +50,19 @@ class Vector:
     needs_root: bool = False
     quarantine: str = ""
     leaves_trash: bool = False
+
+    def play(self, scene: "Scene") -> None:
+        """Do it.
+
+        Raises:
+            NotPossibleError: it cannot be done here.
+        """
+        try:
+            self.act(scene)
+        except OSError as error:
+            if error.errno in NOT_POSSIBLE:
+                raise NotPossibleError(f"{self.name}: {error}") from error
+            raise
 
 
 VECTORS: dict[str, Vector] = {}
@@ -190,21 +211,24 @@ class Scene:
 
     # -- leaving processes ---------------------------------------------------------------------------------------
 
-    def leave(self, script: str, *, is_scrubbed: bool = False, cwd: Path | None = None) -> None:
+    def leave(
+        self, script: str, *, is_scrubbed: bool = False, cwd: Path | None = None, wrapper: Sequence[str] = ()
+    ) -> None:
         """Start a Python script in the slot that outlives the command that started it, and wait until it is ready.
 
-        The script may call `ready()` (once, when it is set up), and `told()`, which waits for `tell`.
+        Args:
+            script: may call `ready()` when it is set up, `told()` to wait until the slot has been leased again, and
+                `done()`.
+            is_scrubbed: whether it does not bear the lease's mark. wrapper: a command that starts it.
         """
         name = f"process{len(list(self.control.iterdir()))}"
         source = self.control / f"{name}.py"
         source.write_text(_PREAMBLE.format(base=str(self.control / name), life=_LIFE_SECONDS) + script)
-        scrub = ["env", "-i"] if is_scrubbed else []
-        # Nothing of the pipes of the command that starts it is kept open.
-        start = 'cd "$1" && shift && exec setsid -f "$@" </dev/null >/dev/null 2>"$OUT"'
-        arguments = ["sh", "-c", start, "sh", str(cwd or self.tree), *scrub, sys.executable, "-ISB", str(source)]
-        self.run(*arguments, env={"OUT": str(source.with_suffix(".err"))})
+        scrub = ["env", "-i", f"PATH={os.environ['PATH']}"] if is_scrubbed else []
         ready = source.with_suffix(".ready")
-        wait_for(ready.exists, lambda: f"{name} did not start: {source.with_suffix('.err').read_text()}")
+        arguments = ["sh", "-c", _START, "sh", str(cwd or self.tree), *scrub, *wrapper, python(), "-ISB", str(source)]
+        self.run(*arguments, env={"BASE": str(source.with_suffix(""))})
+        assert ready.exists(), f"{name} did not start: {source.with_suffix('.err').read_text()}"
         pid = int(ready.read_text())
         self.left.append(pid)
         self.late.append(lambda: self._tell(source, pid))
@@ -213,17 +237,27 @@ class Scene:
         """Let a left process go on, and wait until it has done its deed, where it is still alive."""
         source.with_suffix(".told").touch()
         done = source.with_suffix(".done")
-        wait_for(lambda: done.exists() or not is_alive(pid), lambda: f"{source.name} hangs")
+        if state_of(pid) == "T":
+            os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: done.exists() or not state_of(pid), lambda: f"{source.name} hangs")
 
     def end(self) -> None:
         """End what vectors left running, and undo what would be in the way of deleting things."""
         for pid in self.left:
-            if is_alive(pid):
+            if state_of(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         for undo in reversed(self.undo):
             undo()
 
+
+_START = f"""
+cd "$1" && shift
+setsid -f "$@" </dev/null >/dev/null 2>"$BASE.err"
+turns=0
+until [ -e "$BASE.ready" ] || [ $turns = {int(LIMIT_SECONDS / 0.01)} ]; do sleep 0.01; turns=$((turns + 1)); done
+"""
+"""Nothing of the pipes of the command that starts it is kept open; that one ends once it has left its process group."""
 
 _PREAMBLE = """
 import mmap, os, signal, socket, sys, time
@@ -241,6 +275,19 @@ def done():
 """
 
 
+def python() -> str:
+    """Return an interpreter that the present user may run; the one that runs us may be another's."""
+    for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if os.access(os.path.realpath(path), os.X_OK):
+            return path
+    raise NotPossibleError("there is no Python that this user may run")
+
+
+def can_run(*argv: str) -> bool:
+    """Return whether a command succeeds here."""
+    return subprocess.run(argv, check=False, capture_output=True).returncode == 0
+
+
 def wait_for(condition: Callable[[], object], message: Callable[[], str]) -> None:
     """Wait until a condition holds."""
     limit = time.monotonic() + LIMIT_SECONDS
@@ -249,14 +296,14 @@ def wait_for(condition: Callable[[], object], message: Callable[[], str]) -> Non
         time.sleep(_POLL_SECONDS)
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process runs that a vector left; a zombie does not."""
+def state_of(pid: int) -> str:
+    """Return the state of a process that a vector left, as the kernel's letter; "" where it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
-    return state not in b"ZX" and b"control/process" in command
+        return ""
+    return state if state not in "ZX" and b"control/process" in command else ""
 
 
 def remove(path: Path) -> None:

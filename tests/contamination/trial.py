@@ -1,18 +1,19 @@
-"""Plays vectors against a pool of one slot, and against other recipes: lease, contaminate, return, lease again, compare.
+"""Plays vectors against a pool of one slot and other recipes: lease, contaminate, return, lease again, compare.
 
 One `Bench` holds what trials share: the origin, fresh clones of its refs as references, and a pool on disk. After a
 trial that leaked the pool is thrown away, so that every trial begins with a slot that is known to be clean. As a
-program it plays vectors as whoever runs it and prints what leaked, as JSON: `python -m tests.contamination.trial
-DIRECTORY REF VECTOR...`
+program it plays vectors as another user and prints the outcomes as JSON, a line each:
+`python -m tests.contamination.trial DIRECTORY UID REF VECTOR...`
 """
 
 import asyncio
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,20 @@ from tests.contamination.evidence import (
     pool_evidence,
     with_borrowed_objects,
 )
-from tests.contamination.kit import Scene, wait_for
+from tests.contamination.kit import NotPossibleError, Scene, wait_for
 from tests.contamination.origin import Origin
 
 POOL = "corpus"
 REFS = ("main", "feature", "v1", "commit")
 """What is leased after a contamination; `commit` stands for a commit's full id."""
 
+_NO_EVIDENCE = frozenset({"control", "late"})
+"""What vectors themselves change outside after the return."""
+
+_TRACES_OF_RECIPES = ("'git FETCH_HEAD'", "'git ORIG_HEAD'", "'logs ")
+"""What fetching and resetting leave by themselves."""
+
+_PR_SET_DUMPABLE = 4
 _TRIAL_SECONDS = 30.0
 _GIT_SECONDS = 10.0
 
@@ -67,10 +75,15 @@ class Outcome:
 
 
 class Bench:
-    """What trials in one directory share."""
+    """What trials in one directory share.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        options: of the pool.
+    """
+
+    def __init__(self, directory: Path, **options: Any) -> None:
         self.directory = directory
+        self.options: dict[str, Any] = {"fetch_on_allocate": False, "git_timeout": _GIT_SECONDS, **options}
         self.environment = {**_ENVIRONMENT, "HOME": str(directory / "home"), "GIT_CONFIG_GLOBAL": "/dev/null"}
         for name in ("home", "references", "template"):
             (directory / name).mkdir(parents=True)
@@ -79,11 +92,11 @@ class Bench:
         self._references: dict[str, Evidence] = {}
 
     def reference(self, then: str) -> Evidence:
-        """Return the evidence of a fresh clone, as it is when it borrows its objects."""
+        """Return the evidence of a fresh clone."""
         if then not in self._references:
             clone = self.directory / "references" / then
             fresh_clone(self.origin, clone, then, self.environment)
-            self._references[then] = with_borrowed_objects(clone_evidence(clone, self.environment))
+            self._references[then] = clone_evidence(clone, self.environment)
         return self._references[then]
 
     def fresh_outside(self) -> Path:
@@ -104,17 +117,30 @@ class Bench:
     # -- against a pool ------------------------------------------------------------------------------------------
 
     @property
-    def _workspaces(self) -> Path:
+    def workspaces(self) -> Path:
+        """Where the pool lies."""
         return self.directory / "workspaces"
 
-    async def play(self, vector: Vector, then: str) -> Outcome:
-        """Play a vector in a leased slot, and look at what the next lessee gets."""
+    async def play(self, vector: Vector, then: str, *, is_abandoned: bool = False) -> Outcome:
+        """Play a vector in a leased slot, and look at what the next lessee gets.
+
+        Args:
+            is_abandoned: whether the lease is never given back, its holder ends, and another takes the slot over.
+
+        Raises:
+            NotPossibleError: it cannot be played here.
+        """
         trial = _Trial(self, vector, then)
         try:
             async with asyncio.timeout(_TRIAL_SECONDS):
-                async with PoolManager(PoolConfig(workspaces_dir=self._workspaces, close_timeout=1)) as manager:
+                async with self._manager() as manager:
                     await self._ensure_pool(manager)
-                    await trial.run(manager)
+                    await trial.contaminate(manager, is_abandoned=is_abandoned)
+                    if not is_abandoned:
+                        await trial.look(manager)
+                if is_abandoned:
+                    async with self._manager() as manager:
+                        await trial.look(manager)
         except TimeoutError:
             trial.leaks.append(f"it took more than {_TRIAL_SECONDS:g} s")
         except Exception as error:
@@ -127,14 +153,16 @@ class Bench:
                 self.throw_away_pool()
         return Outcome(vector.name, then, tuple(trial.leaks), tuple(trial.log))
 
+    def _manager(self) -> PoolManager:
+        return PoolManager(PoolConfig(workspaces_dir=self.workspaces, close_timeout=0.5))
+
     async def _ensure_pool(self, manager: PoolManager) -> None:
         if POOL not in await manager.list_pools():
-            options: dict[str, Any] = {"fetch_on_allocate": False, "git_timeout": _GIT_SECONDS, "acquire_timeout": 20}
-            await manager.create_pool(POOL, self.origin.url, num_slots=1, **options)
+            await manager.create_pool(POOL, self.origin.url, num_slots=1, **self.options)
 
     def throw_away_pool(self) -> None:
         """Make the next trial begin with a new pool."""
-        subprocess.run(["rm", "-rf", self._workspaces], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", self.workspaces], check=False, stderr=subprocess.DEVNULL)
 
     # -- against recipes -----------------------------------------------------------------------------------------
 
@@ -143,14 +171,16 @@ class Bench:
         clone = self.directory / "recipe"
         subprocess.run(["rm", "-rf", clone], check=True)
         outside = self.fresh_outside()
-        scene = self.scene(clone, outside, lambda *argv, env: _run_plain(clone, argv, {**self.environment, **env}))
+        scene = self.scene(
+            clone, outside, lambda *argv, env=None: _run_plain(clone, argv, {**self.environment, **(env or {})})
+        )
         if vector.before:
             vector.before(scene)
         fresh_clone(self.origin, clone, "main", self.environment)
         try:
-            vector.act(scene)
+            vector.play(scene)
             clear(scene.canary)
-            before = directory_evidence(outside, skip="control")
+            before = directory_evidence(outside, skip=_NO_EVIDENCE)
             leaks = []
             try:
                 recipe(clone, self.name_of(then), self.environment)
@@ -158,19 +188,17 @@ class Bench:
                 leaks.append(f"the recipe failed: {error}")
             for act in scene.late:
                 act()
-            leaks += _compared(self._reference_of_a_whole_clone(then), clone, self.environment)
+            found = _compared(self.reference(then), clone, self.environment)
+            leaks += [line for line in found if not line.startswith(_TRACES_OF_RECIPES)]
             leaks += _executed(scene)
-            leaks += differences(before, directory_evidence(outside, skip="control"))
+            leaks += differences(before, directory_evidence(outside, skip=_NO_EVIDENCE))
         finally:
             scene.end()
         return Outcome(vector.name, then, tuple(leaks))
 
-    def _reference_of_a_whole_clone(self, then: str) -> Evidence:
-        return {name: text for name, text in self.reference(then).items() if name != "git objects/info/alternates"}
-
     def _make_template(self) -> None:
         template = self.directory / "template"
-        for name in ("canary", "control", "dir", "bin"):
+        for name in ("canary", "control", "late", "dir", "bin"):
             (template / name).mkdir()
         (template / "file").write_text("must stay\n")
         (template / "dir/precious").write_text("must stay\n")
@@ -193,31 +221,42 @@ class _Trial:
         self._then = then
         self._outside = bench.fresh_outside()
         self._scene: Scene | None = None
+        self._slot_id = ""
+        self._tree = Path()
+        self._outside_before: Evidence = {}
+        self._pool_before: Evidence = {}
 
-    async def run(self, manager: PoolManager) -> None:
+    async def contaminate(self, manager: PoolManager, *, is_abandoned: bool) -> None:
+        """Lease the slot, play the vector, and give the slot back, unless it is abandoned."""
         if self._vector.before:
             await self._make_older_things(manager, self._vector.before)
-        async with manager.lease(POOL, ref="main") as slot:
-            slot_id, tree = slot.slot_id, slot.path
-            scene = self._scene = self._bench.scene(tree, self._outside, _runner(slot))
-            await asyncio.to_thread(self._vector.act, scene)
-            clear(scene.canary)
-            outside = directory_evidence(self._outside, skip="control")
-            pool = pool_evidence(tree.parents[2])
-            self.is_played = True
-        await manager.wait_clean()
-        self.leaks += await self._not_available(manager, slot_id)
-        if not (self.leaks or await self._is_quarantined(manager, slot_id)):
+        slot = await manager.allocate_slot(POOL, ref="main", timeout=5)
+        assert slot is not None
+        self._slot_id, self._tree = slot.slot_id, slot.path
+        self._scene = self._bench.scene(slot.path, self._outside, _runner(slot))
+        await asyncio.to_thread(self._vector.play, self._scene)
+        clear(self._scene.canary)
+        self._outside_before = directory_evidence(self._outside, skip=_NO_EVIDENCE)
+        self._pool_before = pool_evidence(self._tree.parents[2])
+        self.is_played = True
+        if not is_abandoned:
+            await manager.release_slot(slot)
+
+    async def look(self, manager: PoolManager) -> None:
+        """Lease the slot again and look at everything."""
+        await manager.recover()
+        self.leaks += await self._not_available(manager)
+        if not (self.leaks or await self._is_quarantined(manager)):
             async with manager.lease(POOL, ref=self._bench.name_of(self._then)) as slot:
-                assert (slot.slot_id, slot.path) == (slot_id, tree)
-                await asyncio.to_thread(self._look, tree)
+                assert (slot.slot_id, slot.path) == (self._slot_id, self._tree)
+                await asyncio.to_thread(self._look_into_the_tree)
             await manager.wait_clean()
-            self.leaks += await self._not_available(manager, slot_id)
-        self.leaks += _executed(scene)
-        self.leaks += differences(outside, directory_evidence(self._outside, skip="control"))
-        self.leaks += differences(pool, pool_evidence(tree.parents[2]))
-        await self._look_at_rests(manager, tree)
-        entries = await manager.get_cleanup_log(slot_id, limit=4)
+            if self._then != "main":
+                self.leaks += [str(problem) for problem in (await manager.check(POOL)).items()]
+            self.leaks += await self._not_available(manager)
+        await self._look_at_rests(manager)
+        self._look_outside()
+        entries = await manager.get_cleanup_log(self._slot_id, limit=4)
         self.log += [f"{entry.operation} {entry.rung or ''}: {', '.join(entry.steps)}" for entry in entries]
 
     async def _make_older_things(self, manager: PoolManager, before: Callable[[Scene], None]) -> None:
@@ -225,32 +264,42 @@ class _Trial:
             before(self._bench.scene(slot.path, self._outside, _runner(slot)))
         await manager.wait_clean()
 
-    def _look(self, tree: Path) -> None:
+    def _look_into_the_tree(self) -> None:
         assert self._scene is not None
         for act in self._scene.late:
             act()
-        self.leaks += _compared(self._bench.reference(self._then), tree, self._bench.environment)
+        expected = with_borrowed_objects(self._bench.reference(self._then))
+        self.leaks += _compared(expected, self._tree, self._bench.environment)
         for name in self._scene.hidden_objects:
             if self._scene.git("cat-file", "-t", name, check=False):
                 self.leaks.append(f"the object {name} can be read")
 
-    async def _is_quarantined(self, manager: PoolManager, slot_id: str) -> bool:
-        return bool(self._vector.quarantine) and (await manager.get_slot_status(slot_id)).state is SlotState.ERROR
+    def _look_outside(self) -> None:
+        assert self._scene is not None
+        self.leaks += _executed(self._scene)
+        self.leaks += differences(self._outside_before, directory_evidence(self._outside, skip=_NO_EVIDENCE))
+        self.leaks += differences(self._pool_before, pool_evidence(self._tree.parents[2]))
 
-    async def _not_available(self, manager: PoolManager, slot_id: str) -> list[str]:
-        status = await manager.get_slot_status(slot_id)
-        if status.state is SlotState.AVAILABLE or await self._is_quarantined(manager, slot_id):
+    async def _is_quarantined(self, manager: PoolManager) -> bool:
+        status = await manager.get_slot_status(self._slot_id)
+        return bool(self._vector.quarantine) and status.state is SlotState.ERROR
+
+    async def _not_available(self, manager: PoolManager) -> list[str]:
+        status = await manager.get_slot_status(self._slot_id)
+        waits = status.state is SlotState.CLEANING and not self._bench.options.get("clean_on_release", True)
+        if status.state is SlotState.AVAILABLE or waits or await self._is_quarantined(manager):
             return []
         return [f"the slot is {status.state}: {status.error}"]
 
-    async def _look_at_rests(self, manager: PoolManager, tree: Path) -> None:
+    async def _look_at_rests(self, manager: PoolManager) -> None:
         """What was thrown away must be possible to delete, and nothing else may lie about."""
         await manager.recover()
-        trash = tree.parents[2] / "trash"
+        await manager.wait_clean()
+        trash = self._tree.parents[2] / "trash"
         if not self._vector.leaves_trash and trash.exists():
             await asyncio.to_thread(wait_for, lambda: not list(trash.iterdir()), lambda: "trash remains")
         known = {"slot.json", "history.jsonl", "cleanup.jsonl", "pristine", "tree", "fence", "run"}
-        self.leaks += [f"beside the tree lies {name}" for name in os.listdir(tree.parent) if name not in known]
+        self.leaks += [f"beside the tree lies {name}" for name in os.listdir(self._tree.parent) if name not in known]
 
     def end(self) -> None:
         if self._scene is not None:
@@ -295,12 +344,35 @@ def _run_plain(clone: Path, argv: tuple[str, ...], environment: Mapping[str, str
     subprocess.run(argv, cwd=clone, env=dict(environment), check=True)
 
 
-async def _main(directory: Path, then: str, names: list[str]) -> None:
+async def _play_all(directory: Path, then: str, names: Iterable[str]) -> None:
     bench = Bench(directory)
     for name in names:
-        outcome = await bench.play(VECTORS[name], then)
-        print(json.dumps(attrs.asdict(outcome)), flush=True)
+        try:
+            outcome = await bench.play(VECTORS[name], then)
+        except NotPossibleError as error:
+            outcome = Outcome(name, then, (), (str(error),))
+        sys.stdout.write(json.dumps(attrs.asdict(outcome)) + "\n")
+
+
+def _become(user: int, directory: Path) -> None:
+    """Be an ordinary user from now on, who owns the directory."""
+    os.chown(directory, user, user)
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    # The kernel takes who changes users for somebody with secrets, and hides it from itself.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def main(directory: Path, user: int, then: str, names: Sequence[str]) -> None:
+    """Play vectors as another user and print the outcomes, a line each; only root can."""
+    # Once as root first: afterwards what is imported late may no longer be readable.
+    asyncio.run(_play_all(directory / "root", then, names[:1]))
+    own = directory / "user"
+    own.mkdir()
+    _become(user, own)
+    asyncio.run(_play_all(own, then, names))
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -56,7 +56,6 @@ def fsmonitor(scene: Scene) -> None:
 
 def _filter(scene: Scene, key: str) -> None:
     scene.git("config", f"filter.evil.{key}", scene.payload(key))
-    scene.git("config", "filter.evil.required", "true")
 
 
 def _filter_by_info(scene: Scene, key: str) -> None:

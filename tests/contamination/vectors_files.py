@@ -8,9 +8,6 @@ from pathlib import Path
 
 from tests.contamination.kit import Scene, register_each, remove, vector
 
-NAME_LIMIT = 255
-PATH_LIMIT = 4096
-
 # -- what git does not track ---------------------------------------------------------------------------------------
 
 
@@ -76,60 +73,60 @@ def _repository(scene: Scene, name: str) -> Path:
     return path
 
 
-@vector("files")
+@vector("repositories")
 def nested_repository(scene: Scene) -> None:
     _repository(scene, "nested")
     _repository(scene, "deep/in/untracked")
 
 
-@vector("files")
+@vector("repositories")
 def nested_repository_in_tracked_directory(scene: Scene) -> None:
     _repository(scene, "src/pkg")
 
 
-@vector("files")
+@vector("repositories")
 def nested_repository_hides_edits(scene: Scene) -> None:
     scene.write("src/app.py", "edited\n")
     scene.git("init", "-q", cwd=scene.tree / "src")
     scene.write("src/untracked")
 
 
-@vector("files")
+@vector("repositories")
 def nested_repository_in_a_nested_one(scene: Scene) -> None:
     _repository(scene, "docs/outer")
     _repository(scene, "docs/outer/inner")
 
 
-@vector("files")
+@vector("repositories")
 def nested_bare_repository(scene: Scene) -> None:
     scene.git("init", "-q", "--bare", "bare.git")
     scene.git("init", "-q", "--bare", "src/bare")
 
 
-@vector("files")
+@vector("repositories")
 def gitfile_in_tracked_directory(scene: Scene) -> None:
     scene.write("src/.git", f"gitdir: {scene.outside}/repo/.git\n")
     scene.write("src/untracked")
 
 
-@vector("files")
+@vector("repositories")
 def link_called_git_in_tracked_directory(scene: Scene) -> None:
     (scene.tree / "src/.git").symlink_to(scene.outside / "repo/.git")
     scene.write("src/untracked")
 
 
-@vector("files")
+@vector("repositories")
 def empty_git_directories_below_the_root(scene: Scene) -> None:
     for name in ("src/.git", "src/pkg/.git", "new/.git"):
         (scene.tree / name).mkdir(parents=True)
 
 
-@vector("files")
+@vector("repositories")
 def linked_worktree_in_the_tree(scene: Scene) -> None:
     scene.git("worktree", "add", "-q", "-b", "linked", "src/linked")
 
 
-@vector("files")
+@vector("repositories")
 def linked_worktree_outside(scene: Scene) -> None:
     scene.git("worktree", "add", "-q", "--detach", str(scene.outside / "linked"))
 
@@ -144,7 +141,7 @@ def _untracked_directory_with_mode(scene: Scene, mode: str) -> None:
             (scene.tree / name).chmod(int(mode, 8))
 
 
-register_each("files", ["0000", "0111", "0555"], _untracked_directory_with_mode, "untracked_directory_with_mode_{}")
+register_each("modes", ["0000", "0111", "0555"], _untracked_directory_with_mode, "untracked_directory_with_mode_{}")
 
 
 def _tracked_directory_with_mode(scene: Scene, mode: str) -> None:
@@ -153,7 +150,7 @@ def _tracked_directory_with_mode(scene: Scene, mode: str) -> None:
 
 
 register_each(
-    "files", ["0000", "0555", "0700", "0777", "1755", "2755"], _tracked_directory_with_mode,
+    "modes", ["0000", "0555", "0700", "0777", "1755", "2755"], _tracked_directory_with_mode,
     "tracked_directory_with_mode_{}",
 )  # fmt: skip
 
@@ -163,10 +160,10 @@ def _root_with_mode(scene: Scene, mode: str) -> None:
     scene.tree.chmod(int(mode, 8))
 
 
-register_each("files", ["0000", "0555", "0777", "2755"], _root_with_mode, "root_with_mode_{}")
+register_each("modes", ["0000", "0555", "0777", "2755"], _root_with_mode, "root_with_mode_{}")
 
 
-@vector("files")
+@vector("modes")
 def everything_made_read_only(scene: Scene) -> None:
     scene.write("src/app.py", "edited\n")
     scene.write("locked/untracked")
@@ -177,13 +174,13 @@ def everything_made_read_only(scene: Scene) -> None:
         Path(directory).chmod(0o555)
 
 
-@vector("files")
+@vector("modes")
 def executable_bits_changed(scene: Scene) -> None:
     (scene.tree / "README.md").chmod(0o755)
     (scene.tree / "bin/tool.sh").chmod(0o644)
 
 
-@vector("files")
+@vector("modes")
 def executable_bits_ignored_by_configuration(scene: Scene) -> None:
     scene.git("config", "core.fileMode", "false")
     (scene.tree / "README.md").chmod(0o755)
@@ -194,32 +191,32 @@ def _file_mode(scene: Scene, mode: str) -> None:
     (scene.tree / "src/app.py").chmod(int(mode, 8))
 
 
-register_each("files", ["0000", "0600", "0666", "1644", "2755", "4755"], _file_mode, "tracked_file_with_mode_{}")
+register_each("modes", ["0000", "0600", "0666", "1644", "2755", "4755"], _file_mode, "tracked_file_with_mode_{}")
 
 # -- edits that do not show ------------------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("edits")
 def tracked_files_edited(scene: Scene) -> None:
     scene.write("README.md", "edited\n")
     scene.write("data/blob.bin", b"\0")
     scene.write("src/pkg/__init__.py", "no longer empty\n")
 
 
-@vector("files")
+@vector("edits")
 def same_size_same_time_edit_in_place(scene: Scene) -> None:
     for name in ("README.md", "src/app.py", "data/text.dos", "docs/guide.md"):
         scene.edit_keeping_times(name)
 
 
-@vector("files")
+@vector("edits")
 def same_size_same_time_edit_hidden_by_configuration(scene: Scene) -> None:
     scene.git("config", "core.trustctime", "false")
     scene.git("config", "core.checkStat", "minimal")
     scene.edit_keeping_times("README.md")
 
 
-@vector("files")
+@vector("edits")
 def same_size_same_time_replacement(scene: Scene) -> None:
     path = scene.tree / "README.md"
     copy = scene.tree / "copy"
@@ -228,7 +225,7 @@ def same_size_same_time_replacement(scene: Scene) -> None:
     copy.rename(path)
 
 
-@vector("files")
+@vector("edits")
 def edited_in_the_future_and_the_past(scene: Scene) -> None:
     for name, seconds in (("README.md", 1 << 33), ("src/app.py", 0), ("docs/guide.md", 1_000_000_000)):
         scene.write(name, "edited\n")
@@ -243,20 +240,20 @@ def _older_twins(scene: Scene) -> None:
         path.write_bytes(b"X" + path.read_bytes()[1:])
 
 
-@vector("files", before=_older_twins)
+@vector("edits", before=_older_twins)
 def directories_older_than_the_seal_moved_in(scene: Scene) -> None:
     for name in ("src", "docs"):
         remove(scene.tree / name)
         (scene.outside / "twins" / name).rename(scene.tree / name)
 
 
-@vector("files", before=_older_twins)
+@vector("edits", before=_older_twins)
 def deep_directory_older_than_the_seal_moved_in(scene: Scene) -> None:
     remove(scene.tree / "src/pkg/deep")
     (scene.outside / "twins/src/pkg/deep").rename(scene.tree / "src/pkg/deep")
 
 
-@vector("files", before=_older_twins)
+@vector("edits", before=_older_twins)
 def file_older_than_the_seal_moved_in(scene: Scene) -> None:
     (scene.outside / "twins/README.md").rename(scene.tree / "README.md")
 
@@ -264,14 +261,14 @@ def file_older_than_the_seal_moved_in(scene: Scene) -> None:
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("links")
 def link_in_place_of_tracked_directory(scene: Scene) -> None:
     copy = scene.outside / "dir/src"
     shutil.copytree(scene.tree / "src", copy)
     scene.replace_by_link("src", copy)
 
 
-@vector("files")
+@vector("links")
 def link_in_place_of_nested_directory(scene: Scene) -> None:
     copy = scene.outside / "dir/deep"
     shutil.copytree(scene.tree / "src/pkg/deep", copy)
@@ -279,38 +276,38 @@ def link_in_place_of_nested_directory(scene: Scene) -> None:
     scene.replace_by_link("src/pkg/deep", copy)
 
 
-@vector("files")
+@vector("links")
 def link_in_place_of_directory_with_only_a_submodule(scene: Scene) -> None:
     (scene.outside / "dir/lib").mkdir()
     (scene.outside / "dir/lib/precious").write_text("must stay\n")
     scene.replace_by_link("vendor", scene.outside / "dir")
 
 
-@vector("files")
+@vector("links")
 def link_in_place_of_tracked_file(scene: Scene) -> None:
     scene.replace_by_link("README.md", scene.outside / "file")
     scene.replace_by_link("docs/guide.md", "../src/app.py")
 
 
-@vector("files")
+@vector("links")
 def tracked_link_points_elsewhere(scene: Scene) -> None:
     scene.replace_by_link("docs/link", scene.outside / "file")
 
 
-@vector("files")
+@vector("links")
 def file_in_place_of_tracked_link(scene: Scene) -> None:
     remove(scene.tree / "docs/link")
     scene.write("docs/link", "../README.md")
 
 
-@vector("files")
+@vector("links")
 def links_out_of_the_tree(scene: Scene) -> None:
     for name, target in (("root", "/"), ("up", ".."), ("out", str(scene.outside)), ("dangling", "/nowhere")):
         (scene.tree / name).symlink_to(target)
         (scene.tree / "src" / name).symlink_to(target)
 
 
-@vector("files")
+@vector("links")
 def link_loops(scene: Scene) -> None:
     (scene.tree / "loop").symlink_to("loop")
     scene.replace_by_link("src/pkg", "../docs")
@@ -323,20 +320,20 @@ def _link_in_place_of_what_git_reads(scene: Scene, name: str) -> None:
 
 
 register_each(
-    "files", [".gitignore", ".gitattributes", ".gitmodules"], _link_in_place_of_what_git_reads, "link_to_fifo_as{}"
+    "links", [".gitignore", ".gitattributes", ".gitmodules"], _link_in_place_of_what_git_reads, "link_to_fifo_as{}"
 )
 
 
 # -- special files ---------------------------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("special files")
 def fifos(scene: Scene) -> None:
     for name in ("fifo", "src/fifo", "docs/pipe"):
         os.mkfifo(scene.tree / name)
 
 
-@vector("files")
+@vector("special files")
 def sockets(scene: Scene) -> None:
     for directory in ("", "src"):
         # The path of a socket is short; only the directory's own is not.
@@ -352,15 +349,14 @@ def _fifo_as(scene: Scene, name: str) -> None:
     os.mkfifo(scene.tree / name)
 
 
-register_each(
-    "files",
-    [".gitignore", ".gitattributes", ".gitmodules", "src/.gitignore", "src/.gitattributes", "README.md", "src", "src/.git",
-     "vendor/lib", "vendor/lib/.git", "new/.git", "new/.gitattributes"],
-    _fifo_as, "fifo_as_{}",
+PLACES_OF_FIFOS = (
+    ".gitignore", ".gitattributes", ".gitmodules", "src/.gitignore", "src/.gitattributes", "README.md", "src",
+    "src/.git", "vendor/lib", "vendor/lib/.git", "new/.git", "new/.gitattributes",
 )  # fmt: skip
+register_each("special files", PLACES_OF_FIFOS, _fifo_as, "fifo_as_{}")
 
 
-@vector("files", needs_root=True)
+@vector("special files", needs_root=True)
 def devices(scene: Scene) -> None:
     os.mknod(scene.tree / "zero", 0o666 | 0o020000, os.makedev(1, 5))
     remove(scene.tree / "src/app.py")
@@ -370,15 +366,15 @@ def devices(scene: Scene) -> None:
 # -- hard links ------------------------------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("hard links")
 def hard_link_kept_outside_and_written_later(scene: Scene) -> None:
     for number, name in enumerate(("README.md", "src/pkg/core.py")):
-        link = scene.outside / f"late{number}"
+        link = scene.outside / f"late/{number}"
         os.link(scene.tree / name, link)
         scene.late.append(lambda link=link: link.write_text("written after the return\n"))  # type: ignore[misc]
 
 
-@vector("files")
+@vector("hard links")
 def hard_link_from_outside_in_place_of_tracked_file(scene: Scene) -> None:
     remove(scene.tree / "README.md")
     os.link(scene.outside / "file", scene.tree / "README.md")
@@ -386,14 +382,14 @@ def hard_link_from_outside_in_place_of_tracked_file(scene: Scene) -> None:
     os.link(scene.outside / "file", scene.tree / "docs/untracked")
 
 
-@vector("files")
+@vector("hard links")
 def hard_links_within_the_tree(scene: Scene) -> None:
     os.link(scene.tree / "README.md", scene.tree / "untracked")
     remove(scene.tree / "src/app.py")
     os.link(scene.tree / "src/pkg/core.py", scene.tree / "src/app.py")
 
 
-@vector("files")
+@vector("hard links")
 def hard_link_made_and_removed_again(scene: Scene) -> None:
     os.link(scene.tree / "README.md", scene.tree / "untracked")
     (scene.tree / "untracked").write_text("through the link\n")
@@ -403,26 +399,26 @@ def hard_link_made_and_removed_again(scene: Scene) -> None:
 # -- what is missing or of another kind --------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("kinds")
 def tracked_files_deleted(scene: Scene) -> None:
     for name in ("README.md", "src/pkg/core.py", "docs/link", ".gitignore"):
         remove(scene.tree / name)
 
 
-@vector("files")
+@vector("kinds")
 def tracked_directories_deleted(scene: Scene) -> None:
     for name in ("src", "assets", "vendor"):
         remove(scene.tree / name)
 
 
-@vector("files")
+@vector("kinds")
 def everything_but_git_deleted(scene: Scene) -> None:
     for path in scene.tree.iterdir():
         if path.name != ".git":
             remove(path)
 
 
-@vector("files")
+@vector("kinds")
 def directory_in_place_of_tracked_file(scene: Scene) -> None:
     remove(scene.tree / "README.md")
     scene.write("README.md/inside/deep")
@@ -430,95 +426,30 @@ def directory_in_place_of_tracked_file(scene: Scene) -> None:
     (scene.tree / "src/app.py").mkdir()
 
 
-@vector("files")
+@vector("kinds")
 def file_in_place_of_tracked_directory(scene: Scene) -> None:
     remove(scene.tree / "src")
     scene.write("src")
 
 
-@vector("files")
+@vector("kinds")
 def directories_swapped(scene: Scene) -> None:
     (scene.tree / "src").rename(scene.tree / "swap")
     (scene.tree / "docs").rename(scene.tree / "src")
     (scene.tree / "swap").rename(scene.tree / "docs")
 
 
-@vector("files")
+@vector("kinds")
 def tracked_files_swapped(scene: Scene) -> None:
     (scene.tree / "src/app.py").rename(scene.tree / "swap")
     (scene.tree / "src/pkg/core.py").rename(scene.tree / "src/app.py")
     (scene.tree / "swap").rename(scene.tree / "src/pkg/core.py")
 
 
-# -- names -----------------------------------------------------------------------------------------------------------
-
-
-@vector("files")
-def case_variants(scene: Scene) -> None:
-    for name in ("readme.md", "SRC/app.py", "src/APP.PY", ".GITIGNORE", ".GITATTRIBUTES", ".Git/config", "src/.GIT/HEAD"):
-        scene.write(name)
-
-
-@vector("files")
-def case_variants_with_ignorecase(scene: Scene) -> None:
-    scene.git("config", "core.ignoreCase", "true")
-    case_variants(scene)
-
-
-@vector("files")
-def names_that_are_hard_to_say(scene: Scene) -> None:
-    tree = os.fsencode(scene.tree)
-    for name in (b"new\nline", b"tab\t", b'quote"', b"back\\slash", b"\xff\xfe latin \xe9", b"-rf", b"--help", b" ", b"*",
-                 b":(top)x", b"trailing ", b"$(touch x)", b"`x`", b"\x01\x1b[31m", b"~", b"#", b"con", b".git ", b".gitx"):  # fmt: skip
-        for directory in (b"", b"src/"):
-            with open(tree + b"/" + directory + name, "wb") as file:
-                file.write(b"hard\n")
-        os.mkdir(tree + b"/" + name + b".directory\n")
-
-
-@vector("files")
-def names_at_the_length_limit(scene: Scene) -> None:
-    scene.write("n" * NAME_LIMIT)
-    scene.write("src/" + "n" * NAME_LIMIT)
-    path = os.path.join(scene.tree, "assets")
-    while len(path) + NAME_LIMIT + 2 < PATH_LIMIT:
-        path = os.path.join(path, "p" * NAME_LIMIT)
-        os.mkdir(path)
-    with open(os.path.join(path, "q" * (PATH_LIMIT - len(path) - 2)), "w"):
-        pass
-
-
-def _chain(directory: Path, depth: int, *, mode: int = 0o755) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        for _ in range(depth):
-            os.mkdir("d" * 200, dir_fd=descriptor)
-            below = os.open("d" * 200, os.O_RDONLY, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = below
-        os.close(os.open("secret", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
-        os.mkfifo("fifo", dir_fd=descriptor)
-        os.mkdir(".git", dir_fd=descriptor)
-        os.fchmod(descriptor, mode)
-    finally:
-        os.close(descriptor)
-
-
-@vector("files")
-def directories_deeper_than_paths_can_say(scene: Scene) -> None:
-    _chain(scene.tree, 100)
-    _chain(scene.tree / "src", 100)
-
-
-@vector("files")
-def deep_directories_that_cannot_be_entered(scene: Scene) -> None:
-    _chain(scene.tree / "src", 60, mode=0)
-
-
 # -- what a check-out believes -----------------------------------------------------------------------------------------
 
 
-@vector("files")
+@vector("edits")
 def planted_attributes_change_line_ends(scene: Scene) -> None:
     for directory in ("", "src/", "docs/"):
         scene.write(f"{directory}.gitattributes", "* text eol=crlf ident working-tree-encoding=UTF-16\n")
@@ -526,7 +457,7 @@ def planted_attributes_change_line_ends(scene: Scene) -> None:
         remove(scene.tree / name)
 
 
-@vector("files")
+@vector("edits")
 def attributes_edited_and_line_ends_converted(scene: Scene) -> None:
     scene.write(".gitattributes", "* text eol=crlf\n")
     scene.git("config", "core.autocrlf", "true")

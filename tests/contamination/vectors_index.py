@@ -107,7 +107,7 @@ def fsmonitor_says_nothing_changed(scene: Scene) -> None:
 def forged_stat_data(scene: Scene) -> None:
     """The index says of an edited file that it is the committed one: its entry has the right id and the edit's stat."""
     right = bytes.fromhex(scene.git("rev-parse", "HEAD:README.md"))
-    scene.write("README.md", "forged\n")
+    os.utime(scene.write("README.md", "forged\n"), (1_600_000_000, 1_600_000_000))  # not within the index's second
     scene.git("add", "README.md")
     wrong = bytes.fromhex(scene.git("rev-parse", ":README.md"))
     index = scene.git_dir / "index"

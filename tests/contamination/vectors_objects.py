@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import zlib
+from pathlib import Path
 
 from tests.contamination.kit import Scene, register_each, remove, vector
 
@@ -72,15 +73,14 @@ def alternates_loop(scene: Scene) -> None:
 
 @vector("objects")
 def alternates_are_a_fifo(scene: Scene) -> None:
-    path = scene.git_dir / "objects/info/alternates"
-    path.unlink()
-    os.mkfifo(path)
+    remove(scene.git_dir / "objects/info/alternates")
+    os.mkfifo(scene.git_dir / "objects/info/alternates")
 
 
 def _own_pack(scene: Scene) -> str:
     """Give the slot a pack of its own with everything, and return its path without the ending."""
     pack = scene.git_dir / "objects/pack/pack"
-    name = scene.git("pack-objects", "-q", "--revs", str(pack), input=b"--all\n")
+    name = scene.git("pack-objects", "-q", "--all", str(pack))
     return f"{pack}-{name}"
 
 
@@ -105,7 +105,7 @@ def pack_forged(scene: Scene) -> None:
     wrong = scene.git("hash-object", "-w", "--stdin", input=b"forged\n")
     pack = scene.git_dir / "objects/pack/pack"
     path = f"{pack}-{scene.git('pack-objects', '-q', str(pack), input=wrong.encode())}.idx"
-    data = bytearray(open(path, "rb").read())
+    data = bytearray(Path(path).read_bytes())
     fan_out = b"".join((1 if byte >= right[0] else 0).to_bytes(4) for byte in range(256))
     data[8 : 8 + 1024] = fan_out
     data[1032:1052] = right
@@ -216,7 +216,7 @@ def git_directory_with_common_directory_elsewhere(scene: Scene) -> None:
 
 @vector("git directory")
 def git_directory_full_of_things(scene: Scene) -> None:
-    for name in ("secret", "hooks/secret", "branches/old", "remotes/evil", "lfs/objects/x", "modules/x/HEAD", "worktrees/x/HEAD"):
+    for name in ("secret", "hooks/secret", "branches/old", "remotes/evil", "lfs/objects/x", "modules/x/HEAD"):
         scene.write(f".git/{name}")
     os.mkfifo(scene.git_dir / "fifo")
     (scene.git_dir / "link").symlink_to(scene.outside)
@@ -227,6 +227,6 @@ def git_directory_full_of_things(scene: Scene) -> None:
 @vector("git directory")
 def files_of_the_git_directory_linked_outside(scene: Scene) -> None:
     for name in ("HEAD", "config", "index", "packed-refs"):
-        link = scene.outside / f"git-{name}"
+        link = scene.outside / f"late/{name}"
         os.link(scene.git_dir / name, link)
         scene.late.append(lambda link=link: link.write_text("written after the return\n"))  # type: ignore[misc]

@@ -52,7 +52,8 @@ def other_branch_checked_out(scene: Scene) -> None:
 @vector("refs")
 def many_branches(scene: Scene) -> None:
     head = scene.git("rev-parse", "HEAD")
-    scene.git("update-ref", "--stdin", input="".join(f"create refs/heads/many/{n} {head}\n" for n in range(300)).encode())
+    commands = "".join(f"create refs/heads/many/{number} {head}\n" for number in range(300))
+    scene.git("update-ref", "--stdin", input=commands.encode())
 
 
 @vector("refs")
@@ -192,7 +193,8 @@ def _head(scene: Scene, text: str) -> None:
     (scene.git_dir / "HEAD").write_text({"empty": "", "garbage": "\0garbage", "cut": "ref: refs/he"}.get(text, text))
 
 
-register_each("refs", ["empty", "garbage", "cut", "ref: refs/heads/missing", "ref: ../../../outside"], _head, "head_is_{}")
+_HEADS = ("empty", "garbage", "cut", "ref: refs/heads/missing", "ref: ../../../outside")
+register_each("refs", _HEADS, _head, "head_is_{}")
 
 
 @vector("refs")

@@ -1,14 +1,14 @@
-"""Contaminations of the tree as a whole, of what inodes carry besides bytes, of mounts, and by processes left behind."""
+"""Contaminations of the tree as a whole, of what inodes carry besides bytes, by mounts, and by processes."""
 
 import array
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.contamination.kit import Scene, register_each, remove, vector
+from tests.contamination.kit import Scene, can_run, python, register_each, remove, vector
 
 # -- the tree itself -----------------------------------------------------------------------------------------------
 
@@ -87,9 +87,7 @@ def _extended_attribute(scene: Scene, place: str) -> None:
 
 register_each("attributes", PLACES, _extended_attribute, "extended_attribute_on_{}")
 
-_ACL = bytes.fromhex(
-    "02000000" "01000700ffffffff" "02000700e8030000" "04000500ffffffff" "10000700ffffffff" "20000500ffffffff"
-)  # fmt: skip
+_ACL = bytes.fromhex("02000000 01000700ffffffff 02000700e8030000 04000500ffffffff 10000700ffffffff 20000500ffffffff")
 """user::rwx user:1000:rwx group::r-x mask::rwx other::r-x, as the kernel stores it."""
 
 
@@ -123,6 +121,18 @@ def _set_flags(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+def _clear_flags(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        value = array.array("l", [0])
+        fcntl.ioctl(descriptor, 0x80086601, value, True)
+        if value[0] & (_IMMUTABLE | _APPEND):
+            value[0] &= ~(_IMMUTABLE | _APPEND)
+            fcntl.ioctl(descriptor, 0x40086602, value)
+    finally:
+        os.close(descriptor)
+
+
 def _inode_flags(scene: Scene, place: str) -> None:
     _set_flags(scene.tree / place, _NO_DUMP | _NO_ACCESS_TIME)
 
@@ -131,13 +141,14 @@ register_each("attributes", PLACES[:3], _inode_flags, "inode_flags_on_{}")
 
 
 def _unchangeable(scene: Scene, place: Path, flags: int) -> None:
-    """Set flags that stop even root, on what may by then lie anywhere."""
-    descriptor = os.open(place, os.O_RDONLY)
+    """Set flags that stop even root, until the trial is over."""
     _set_flags(place, flags)
 
     def undo() -> None:
-        _set_flags(Path(f"/proc/self/fd/{descriptor}"), 0)
-        os.close(descriptor)
+        for directory, _, names in os.walk(scene.outside.parent):
+            for path in (Path(directory), *(Path(directory) / name for name in names)):
+                if stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFDIR, stat.S_IFREG):
+                    _clear_flags(path)
 
     scene.undo.append(undo)
 
@@ -193,7 +204,9 @@ def _mount(scene: Scene, target: Path, *arguments: str) -> None:
     def undo() -> None:
         # Where it is by now, only the kernel knows.
         text = Path("/proc/self/mountinfo").read_text()
-        points = [line.split()[4] for line in text.splitlines() if str(scene.tree.parents[3]) in line.split()[4]]
+        points = [
+            line.split()[4] for line in text.splitlines() if line.split()[4].startswith(str(scene.outside.parent))
+        ]
         for point in reversed(points):
             subprocess.run(["umount", "-l", point.encode().decode("unicode_escape")], check=True)
 
@@ -305,7 +318,7 @@ def mapped_file_written_later(scene: Scene) -> None:
     script = f"""
 descriptor = os.open({str(scene.tree / "README.md")!r}, os.O_RDWR)
 memory = mmap.mmap(descriptor, 0)
-os.close(descriptor)
+os.closerange(descriptor, 100)  # the map's own copy of the descriptor too
 ready()
 told()
 memory[:4] = b'late'
@@ -313,6 +326,29 @@ memory.flush()
 done()
 """
     scene.leave(script, is_scrubbed=True, cwd=Path("/"))
+
+
+def _contained(scene: Scene, *namespaces: str) -> None:
+    """Leave a process that sees the tree only as something mounted elsewhere, as a container's do."""
+    mount = f"mount --bind '{scene.tree}' /mnt && exec \"$@\""
+    scene.leave(
+        "ready()\ntold()\nopen('/mnt/late.txt', 'w').write('late')\ndone()\n",
+        is_scrubbed=True,
+        cwd=Path("/"),
+        wrapper=("unshare", *namespaces, "sh", "-c", mount, "sh"),
+    )
+
+
+@vector("processes", needs_root=True)
+def container_with_the_tree_mounted(scene: Scene) -> None:
+    if can_run("unshare", "--mount", "mount", "--bind", "/", "/mnt"):
+        _contained(scene, "--mount")
+
+
+@vector("processes")
+def rootless_container_with_the_tree_mounted(scene: Scene) -> None:
+    if can_run("unshare", "--user", "--map-root-user", "--mount", "mount", "--bind", "/tmp", "/mnt"):
+        _contained(scene, "--user", "--map-root-user", "--mount")
 
 
 @vector("processes")
@@ -365,4 +401,5 @@ fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 @vector("processes")
 def background_job_of_a_shell(scene: Scene) -> None:
-    scene.run("sh", "-c", f"(while :; do echo late > late.txt; sleep 0.01; done) & exec {sys.executable} -c 0")
+    job = "for n in $(seq 500); do echo late > late.txt; sleep 0.01; done 2>/dev/null >/dev/null"
+    scene.run("sh", "-c", f"({job}) & exec {python()} -c 0")

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import errno
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -408,6 +409,33 @@ class TestInspection:
                 found = await host.inspect_tree(str(tree), since_ns=None)
                 assert all(not name.startswith("/") for name in found.changed)
 
+    async def test_directories_that_are_not_as_new_ones_are_named(self, host: Host, tree: Path) -> None:
+        for name in ("as/new", "closed", "marked", "open/to/all"):
+            (tree / name).mkdir(parents=True)
+        (tree / "closed").chmod(0o700)
+        (tree / "open/to/all").chmod(0o1777)
+        with contextlib.suppress(OSError):
+            os.setxattr(tree / "marked", "user.repopool", b"x")
+        expected = ["closed", *(["marked"] if os.listxattr(tree / "marked") else []), "open/to/all"]
+        assert sorted((await host.inspect_tree(str(tree), since_ns=None)).irregular) == expected
+        assert (await host.inspect_tree(str(tree), since_ns=2**62)).irregular == ()
+        tree.chmod(0o700)
+        assert (await host.inspect_tree(str(tree), since_ns=2**62)).irregular == (".",)
+        assert names_in(tree.parent) == ["tree"]
+
+    async def test_new_directories_are_what_they_are_beside_the_root(self, host: Host, tree: Path) -> None:
+        tree.parent.chmod(0o2755)
+        (tree / "unlike").mkdir()
+        (tree / "alike").mkdir()
+        for path in (tree, tree / "alike"):
+            path.chmod(0o2755)
+        assert (await host.inspect_tree(str(tree), since_ns=None)).irregular == ("unlike",)
+
+    async def test_files_that_something_is_mounted_on_are_named(self, host: Host, tree: Path) -> None:
+        (tree / "file").touch()
+        with _mounted(["--bind", "/etc/hostname"], tree / "file"):
+            assert (await host.inspect_tree(str(tree), since_ns=2**62)).mounts == ("file",)
+
     async def test_mounts_are_not_entered(self, host: Host, tree: Path, trash: str) -> None:
         (tree / "mounted").mkdir()
         (tree / "bound").mkdir()
@@ -706,6 +734,44 @@ class TestBystanders:
         assert ended.killed == ()
         assert ended.bystanders == tuple(f"{pid} sleep" for pid in sorted([sitter, at_root, reader]))
         assert len(daemons.running()) == 5
+
+    async def test_strangers_that_share_memory_with_its_files_count(
+        self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
+    ) -> None:
+        (tree / "new\nline").write_text("text")
+        (tmp_path / "script.py").write_text(
+            "import mmap, os, sys, time\n"
+            "descriptor = os.open(sys.argv[1], os.O_RDWR)\n"
+            "memory = mmap.mmap(descriptor, 0, access=int(sys.argv[2]))\n"
+            "os.closerange(descriptor, 100)\n"
+            "open(sys.argv[3], 'w').close()\n"
+            f"time.sleep({FOREVER})\n"
+        )
+        pids = []
+        for access in (mmap.ACCESS_WRITE, mmap.ACCESS_COPY):
+            gate = tmp_path / f"gate{access}"
+            os.mkfifo(gate)
+            script = f"ready; exec {sys.executable} {tmp_path}/script.py '{tree}/new\nline' {access} {gate}"
+            pids.append(await daemons.start(script, value=None))
+            gate.read_bytes()
+        ended = await host.end_processes(mark=daemons.mark, tree=str(tree))
+        assert [entry.split()[0] for entry in ended.bystanders] == [str(pids[0])]
+
+    async def test_strangers_in_a_container_that_has_it_mounted_count(
+        self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
+    ) -> None:
+        (tree / "sub dir").mkdir()
+        (tmp_path / "place").mkdir()
+        unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+        if (await host.run([*unshare, "true"], env=ENV)).exit_code != 0:
+            pytest.skip("no containers here")
+        os.mkfifo(tmp_path / "gate")
+        (tmp_path / "script").write_text(f'mount --bind "$1" "$2"; : > "$3"; exec sleep {FOREVER}')
+        inside = f"sh {tmp_path}/script '{tree}/sub dir' {tmp_path}/place {tmp_path}/gate"
+        pid = await daemons.start(f"ready; exec {' '.join(unshare)} {inside}", value=None)
+        (tmp_path / "gate").read_bytes()
+        ended = await host.end_processes(mark=daemons.mark, tree=str(tree))
+        assert ended.bystanders == (f"{pid} sleep",)
 
     async def test_the_tree_may_be_named_through_a_link(
         self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path

@@ -40,11 +40,12 @@ async def test_a_pool_lives_through_three_managers(tmp_path: Path, origin: Path,
 
 async def test_history_and_clean_up_log_survive(tmp_path: Path, origin: Path) -> None:
     config = PoolConfig(workspaces_dir=tmp_path / "pools")
+    slot_id = "workspace-app-slot1"
     async with PoolManager(config) as manager:
         await manager.create_pool("app", str(origin), num_slots=1, cleanup="inline")
         for number in range(3):
             async with manager.lease("app", ref="feature/x", metadata={"number": number}) as slot:
-                slot_id = slot.slot_id
+                assert slot.slot_id == slot_id
     async with PoolManager(config) as manager:
         history = await manager.get_allocation_history(slot_id)
         assert [record.metadata.get("number") for record in history if record.event == "allocated"] == [0, 1, 2]
