@@ -635,7 +635,7 @@ class PoolManager:
 
     def _emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._bus.emit(kind, fields)
-        if kind == "slot.available":
+        if kind in ("slot.available", "slot.postponed"):  # the latter perhaps for want of the room that trash takes
             self._janitor.note_trash()
 
     async def _named(self, name: str | None) -> list[RepoPool]:

@@ -30,11 +30,12 @@ from repopool_async.exceptions import (
     PoolTimeoutError,
     SlotAllocationError,
     SlotInUseError,
+    StoreError,
     TooManyRequestsError,
 )
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import Lease, Pool, PoolSummary, ResolvedRef, Slot, SlotState
-from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder
+from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
@@ -173,7 +174,7 @@ class RepoPool:
         opened = self._open.pop(leased.lease_id, None)
         if opened is not None:
             leased._end()  # noqa: SLF001 - the pool is the one caller
-            slot = await self._parts.coordinator.begin_return(opened.grant)
+            slot = await self._begin_return(opened.grant)
             self._parts.allocator.record_release(self.name, boottime() - opened.started)
             self._parts.emit("slot.released", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
             if self.options.clean_on_release:
@@ -184,6 +185,14 @@ class RepoPool:
         task = self.keeper.returning.get(leased.slot_id)
         if inline and task is not None:
             await asyncio.wait([task])
+
+    async def _begin_return(self, grant: Grant) -> Slot:
+        try:
+            return await self._parts.coordinator.begin_return(grant)
+        except StoreError:
+            # It cannot be written that the lease ended: without its lock the slot is an orphan, and recovered.
+            await self._parts.coordinator.abandon_hold(grant)
+            raise
 
     async def release(self, slot_id: str, *, token: int | None) -> None:
         """End the lease of a slot by id and clean it; where it is not leased (any more), do nothing.
@@ -265,7 +274,7 @@ class RepoPool:
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
                 await shielded(self._take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
-                if not isinstance(error, CleanupError):
+                if not isinstance(error, CleanupError) or is_passing(error):
                     raise
                 attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
             else:
@@ -379,10 +388,10 @@ class RepoPool:
         """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it."""
         if isinstance(error, LeaseLostError):
             return
-        if isinstance(error, CleanupError):
+        if isinstance(error, CleanupError) and not is_passing(error):
             await self.keeper.quarantine(grant, grant.slot, error)
             return
-        slot = await self._parts.coordinator.begin_return(grant)
+        slot = await self._begin_return(grant)
         self.keeper.clean_later(grant, slot)
 
     async def _timed_out(self, attempt: "_Attempt", slots: list[Slot] | None = None) -> PoolTimeoutError:

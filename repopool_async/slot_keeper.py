@@ -6,6 +6,7 @@ Who waits for slots is not its business; it only says that something changed.
 """
 
 import asyncio
+import errno
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +18,14 @@ from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async.config import PoolOptions
 from repopool_async.coordination.base import Coordinator, Hold
-from repopool_async.exceptions import CleanupError, LeaseLostError, PoolManagerError, SlotInUseError
+from repopool_async.exceptions import (
+    CleanupError,
+    GitDiskFullError,
+    LeaseLostError,
+    PoolManagerError,
+    SlotInUseError,
+    StoreError,
+)
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
 from repopool_async.mirror import Mirror
@@ -30,6 +38,8 @@ from repopool_async.workspaces.base import Checkout
 _log: Final = logging.getLogger("repopool")
 
 _RETRY_SECONDS: Final = 0.1
+
+_PASSING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _Work = Callable[[Checkout], Awaitable[CleanupResult]]
 
@@ -128,7 +138,10 @@ class SlotKeeper:
             await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            await self.quarantine(hold, slot, error)
+            if is_passing(error):
+                await self._postpone(hold, slot, error)
+            else:
+                await self.quarantine(hold, slot, error)
         except BaseException:
             await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
             raise
@@ -159,6 +172,14 @@ class SlotKeeper:
             await self._parts.coordinator.finish(hold, broken(slot, reason))
         except LeaseLostError:
             _log.warning("%s: was taken away while being cleaned", slot.slot_id)
+        except StoreError as failure:
+            await self._postpone(hold, slot, failure)
+
+    async def _postpone(self, hold: Hold, slot: Slot, error: BaseException) -> None:
+        """Let go of a slot that cannot be cleaned or recorded now; recovery tries again, by whomever."""
+        _log.warning("%s: left to recovery: %s", slot.slot_id, error)
+        self._parts.emit("slot.postponed", {"slot_id": slot.slot_id, "reason": str(error)})
+        await shielded(self._parts.coordinator.abandon_hold(hold), name=f"postpone-{slot.slot_id}")
 
     # -- making, mending, removing -------------------------------------------------------------------------------
 
@@ -242,6 +263,9 @@ class SlotKeeper:
             await self._parts.coordinator.delete(hold)
         except LeaseLostError:
             return  # finished in the instant in which the maker was cancelled: the slot exists and is good
+        except StoreError:
+            await self._parts.coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
+            raise
         await self._parts.cleaner.discard(slot)
 
     async def remove_slot(self, slot_id: str) -> None:
@@ -319,6 +343,16 @@ class SlotKeeper:
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._name, name, exc_info=error)
         self._parts.emit("pool.task_failed", {"repo_name": self._name, "task": name, "error": str(error)})
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether something failed that is no slot's fault and will pass: the disk is full or read-only."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GitDiskFullError) or (isinstance(cause, OSError) and cause.errno in _PASSING):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def describe_holder(slot: Slot) -> str:
