@@ -5,6 +5,7 @@ means, makes and deletes pools, and owns what they share.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -654,7 +655,8 @@ class PoolManager:
 def _usable_directory(directory: str, locks: str) -> None:
     os.makedirs(locks, exist_ok=True)  # noqa: PTH103 - plain strings throughout
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(13, "Permission denied", directory)
+        code = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(code, os.strerror(code), directory)
 
 
 def _raise_open_file_limit() -> None:

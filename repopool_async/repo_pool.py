@@ -35,7 +35,7 @@ from repopool_async.exceptions import (
 )
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import Lease, Pool, PoolSummary, ResolvedRef, Slot, SlotState
-from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing
+from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing, passing_told
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
@@ -252,8 +252,9 @@ class RepoPool:
         attempt = _Attempt(wanted, new_branch, metadata, priority, timeout, waits_for_cleaning, ttl)
         self._parts.allocator.record_request(self.name)
         try:
-            async with attempt.deadline.limit():
-                return await self._try(attempt)
+            with passing_told(self.name):
+                async with attempt.deadline.limit():
+                    return await self._try(attempt)
         except PoolTimeoutError:
             self._parts.allocator.record_timeout(self.name)
             raise

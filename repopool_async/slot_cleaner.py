@@ -5,6 +5,7 @@ the clean-up log. It moves no slot between states: callers hold the slot and rec
 alternates, indexes or mounts (the strategy's business).
 """
 
+import errno
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -41,6 +42,8 @@ SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError)
+
+_DISK_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @attrs.frozen
@@ -299,6 +302,8 @@ class _Log:
 
 def _next_rung(rung: Rung, error: BaseException) -> Rung | None:
     """Return the next rung worth trying after an error, None at the end of the ladder or where climbing cannot help."""
+    if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+        return None
     if isinstance(error, _NOT_HELPED_BY_CLIMBING) or rung is Rung.REBUILD_MIRROR:
         return None
     if isinstance(error, GitMirrorDamagedError):

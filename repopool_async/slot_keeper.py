@@ -9,7 +9,8 @@ import asyncio
 import errno
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
@@ -185,7 +186,8 @@ class SlotKeeper:
 
     async def make_mirror(self) -> None:
         """Clone the repository, unless that has been done; see `Mirror.ensure`."""
-        await self._parts.mirror.ensure()
+        with passing_told(self._name):
+            await self._parts.mirror.ensure()
 
     async def resize(self, num_slots: int) -> None:
         """Add or remove slots until there are `num_slots`; raises `SlotInUseError` where too many are leased."""
@@ -236,6 +238,10 @@ class SlotKeeper:
         Raises:
             GitOperationError, CleanupError, OSError: it could not be made; nothing of it is left.
         """
+        with passing_told(self._name):
+            return await self._add_slot()
+
+    async def _add_slot(self) -> Slot:
         number = await self._parts.coordinator.next_slot_number(self._name)
         slot_id = make_slot_id(self._name, number)
         slot = Slot(
@@ -353,6 +359,25 @@ def is_passing(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+@contextmanager
+def passing_told(repo_name: str) -> Iterator[None]:
+    """Turn what will pass, where it is not told as such already, into a `StoreError` that names the remedy."""
+    try:
+        yield
+    except (CleanupError, OSError) as error:
+        if not is_passing(error):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        remedy = "mount it read-write" if getattr(cause, "errno", 0) == errno.EROFS else "free some space there"
+        raise StoreError(
+            f"{repo_name}: the pool's file system is full or read-only ({cause}); {remedy}, then try again: slots that "
+            f"could not be finished are recovered by themselves",
+            repo_name=repo_name,
+        ) from error
 
 
 def describe_holder(slot: Slot) -> str:
