@@ -14,6 +14,7 @@ from typing import Final
 import attrs
 
 from repopool_async._clock import boottime, now
+from repopool_async._git import WORK_MARK
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
@@ -144,6 +145,8 @@ class SlotCleaner:
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
+        # The dead owner's own git outlives it: in a session of its own, it may be amid a check-out.
+        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=slot.path)
         first = await self._end_lease(slot)
         return await self._climb(_Log(slot, "recover"), slot, checkout, first=first)
 
