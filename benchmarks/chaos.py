@@ -4,8 +4,8 @@
 
 First workers lease, work, return, add and remove slots, make and delete pools, and are killed with SIGKILL at random
 moments, every second time together with every process they started. Then one process at a time is killed at each step
-of making a pool, a lease and its return, adding and removing a slot and deleting a pool (`cycle`: the first of every
-name, of a lease, adding and removing only; `named`: of everything; `all`: every single step). The library is not told:
+of making a pool, a lease and its return, adding and removing a slot and deleting a pool (`named`: the first of every
+name; `cycle`: of a lease, adding and removing only, and no temporary files; `all`: every single step). The library is not told:
 what is a step is in `benchmarks._steps`.
 
 After each kill a process that runs already, or a new one, must bring every slot back to AVAILABLE without help. Prints
@@ -327,6 +327,7 @@ class NamedSteps:
         self._url = str(root / "origin")
         self._log = root / "log"
         self._is_every = which == "all"
+        self._is_brief = which == "cycle"
         self._operations = [name for name in OPERATIONS if which != "cycle" or name in _CYCLE]
         self._has_keeper = has_keeper
         self._share = share
@@ -357,7 +358,8 @@ class NamedSteps:
         for step in seen:
             counts[step] = counts.get(step, 0) + 1
             steps.append((step, counts[step]))
-        for number, (step, occurrence) in enumerate(step for step in steps if self._is_every or step[1] == 1):
+        chosen = [step for step in steps if self._is_every or (step[1] == 1 and self._is_told_apart(step[0]))]
+        for number, (step, occurrence) in enumerate(chosen):
             if number % self._share[1] != self._share[0]:
                 continue
             self._new_commit()
@@ -372,6 +374,10 @@ class NamedSteps:
             else:
                 self.findings.kills += 1
             self._settle(name, f"{step} ({occurrence})")
+
+    def _is_told_apart(self, step: str) -> bool:
+        """Return whether others can tell from what is on disk that it came so far: temporary files they cannot."""
+        return not self._is_brief or not step.startswith(("open ", "write ", "half-written ", "spawn ", "mkdir locks"))
 
     def _new_commit(self) -> None:
         make_commit(self._url, self.findings.steps + 2)
