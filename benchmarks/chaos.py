@@ -5,8 +5,8 @@
 First workers lease, work, return, add and remove slots, make and delete pools, and are killed with SIGKILL at random
 moments, every second time together with every process they started. Then one process at a time is killed at each step
 of making a pool, a lease and its return, adding and removing a slot and deleting a pool (`named`: the first of every
-name; `cycle`: of a lease, adding and removing only, and no temporary files; `all`: every single step). The library is not told:
-what is a step is in `benchmarks._steps`.
+name; `cycle`: of a lease, adding and removing only, and no temporary files; `all`: every single step). The library is
+not told: what is a step is in `benchmarks._steps`.
 
 After each kill a process that runs already, or a new one, must bring every slot back to AVAILABLE without help. Prints
 kills survived, slots lost, double holders, things half made, work lost and unexpected errors (all must be 0) and exits

@@ -10,7 +10,7 @@ import errno
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import attrs
@@ -25,6 +25,7 @@ from repopool_async.exceptions import (
     LeaseLostError,
     PoolManagerError,
     SlotInUseError,
+    SlotNotFoundError,
     StoreError,
 )
 from repopool_async.git_operations import GitOperations
@@ -334,7 +335,9 @@ class SlotKeeper:
         self.last_recovery = boottime()
         recovered = []
         for orphan in await self._parts.coordinator.orphans(self._name):
-            hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
+            hold = None
+            with suppress(SlotNotFoundError):  # somebody else has just finished deleting it
+                hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
             if hold is not None:
                 recovered.append(orphan.slot_id)
                 self._parts.emit(
