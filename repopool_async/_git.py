@@ -266,6 +266,9 @@ _LONGEST_PAUSE: Final = 30.0
 _TALKATIVE: Final = frozenset({"clone", "fetch", "ls-remote", "pull", "push", "remote", "submodule", "lfs"})
 """Commands on the network, which show progress (given `--progress`) while they get on."""
 _SECRET_LENGTH: Final = 4
+WORK_MARK: Final = "REPOPOOL_GIT_WORKS_ON"
+"""Environment variable of the pool's own git: the slot's tree or the mirror it changes. Who takes that over from a dead
+process ends what bears it first."""
 
 
 @attrs.define

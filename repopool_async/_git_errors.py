@@ -80,6 +80,7 @@ _RULES: Final = (
         "free some disk space, then call repair_slot or wait for recovery",
         r"No space left on device",
         r"Disk quota exceeded",
+        r"couldn't write '.*\.lock'",  # git does not say why: it had been made, so what failed is the disk
     ),
     _rule(
         Severity.NEVER,

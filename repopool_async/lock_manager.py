@@ -54,12 +54,23 @@ class HeldLock:
     """A slot lock that this process holds, until `release` or until the process ends.
 
     It is bound to no task or thread. In a forked child it is not held, and releasing it there does nothing.
+
+    Attributes:
+        was_left: whether the last holder ended without releasing it, and so perhaps amid something.
     """
 
     def __init__(
-        self, slot_id: str, path: str, lock: "BaseFileLock", descriptor: int, identity: tuple[int, int]
+        self,
+        slot_id: str,
+        path: str,
+        lock: "BaseFileLock",
+        descriptor: int,
+        identity: tuple[int, int],
+        *,
+        was_left: bool = False,
     ) -> None:
         self.slot_id: Final = slot_id
+        self.was_left: Final = was_left
         self._path = path
         # A list, because its pop is the one step in which a second release must lose.
         self._locks = [lock]
@@ -338,15 +349,16 @@ def _try_lock(slot_id: str, path: str, final_path: str) -> HeldLock | None:
     """Make one attempt to lock `path`, which is or will be `final_path`, and sign it."""
     import filelock  # noqa: PLC0415 - a third of the package's import time
 
-    signed: list[tuple[int, tuple[int, int]]] = []
+    signed: list[tuple[int, tuple[int, int], bool]] = []
 
     def sign(descriptor: int) -> None:
         status = os.fstat(descriptor)
         identity = (status.st_dev, status.st_ino)
         if identity_of(path) != identity:
             raise _ReplacedError
+        was_left = bool(os.pread(descriptor, _TEXT_BYTES, 0).strip())
         _write_text(descriptor, _owner_text(os.getpid()))
-        signed.append((descriptor, identity))
+        signed.append((descriptor, identity, was_left))
 
     lock = filelock.FileLock(
         path,
@@ -361,7 +373,8 @@ def _try_lock(slot_id: str, path: str, final_path: str) -> HeldLock | None:
         lock.acquire()
     except (filelock.Timeout, _ReplacedError):
         return None
-    return HeldLock(slot_id, final_path, lock, *signed[0])
+    descriptor, identity, was_left = signed[0]
+    return HeldLock(slot_id, final_path, lock, descriptor, identity, was_left=was_left)
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,7 +14,8 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
@@ -22,7 +23,7 @@ import attrs
 
 from repopool_async._aio import TaskSet, together
 from repopool_async._clock import boottime
-from repopool_async._git import GitRunner, with_credentials
+from repopool_async._git import WORK_MARK, GitRunner, with_credentials
 from repopool_async._git_arguments import Credentials, validate_ref
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
@@ -158,7 +159,7 @@ class Mirror:
         """
         if await self._host.stat(f"{self.path}/repopool/state.json") is not None:
             return
-        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+        async with self._alone():
             if await self._host.stat(f"{self.path}/repopool/state.json") is None:
                 await self._build()
 
@@ -172,7 +173,7 @@ class Mirror:
             GitOperationError: the remote could not be cloned.
         """
         seen = await self._host.stat(self.path)
-        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+        async with self._alone():
             if _is_same(seen, await self._host.stat(self.path)):
                 await self._build()
 
@@ -295,7 +296,7 @@ class Mirror:
 
     async def maintain(self) -> None:
         """Repack incrementally and pack refs; nothing is pruned. Call it when the pool is idle."""
-        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+        async with self._alone():
             await self._run("repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index")
             await self._run("pack-refs", "--all")
 
@@ -357,6 +358,8 @@ class Mirror:
         pool_directory = self.path.rpartition("/")[0]
         temporary = f"{self.path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         await self._host.apply([MakeDirectory(pool_directory)])
+        # A dead builder's git outlives it, and would go on writing while what it made is removed.
+        await self._host.end_processes(mark=f"{WORK_MARK}={self.path}", tree=self.path)
         await self._sweep_abandoned(pool_directory)
         built = False
         try:
@@ -397,7 +400,7 @@ class Mirror:
         # Objects are copied, never linked: somebody who writes into the source must not write into the mirror.
         await self._git.run(
             "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(), "--end-of-options",
-            self.url, directory, retry=True, repo_name=self._repo_name,
+            self.url, directory, retry=True, repo_name=self._repo_name, env={WORK_MARK: self.path},
         )  # fmt: skip
         has_refs = bool((await self._run("for-each-ref", "--count=1", git_dir=directory)).text)
         if not has_refs and await self._peel("HEAD", directory) is None:  # a detached HEAD needs no ref
@@ -425,10 +428,31 @@ class Mirror:
         await asyncio.sleep(_COLLECT_SECONDS)
         async with self._turn:
             flight.is_joinable = False
-            async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+            async with self._alone():
                 state = await self._read_state() or await self._mend()
                 if state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
                     await self._fetch_now(state)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Hold the mirror's lock for the block, after whatever a dead holder left is out of the way."""
+        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None) as held:
+            if held.was_left:
+                await self._clear_up()
+            yield
+
+    async def _clear_up(self) -> None:
+        """End the git of a holder that died, and remove the locks that a killed git leaves; we hold the lock."""
+        await self._host.end_processes(mark=f"{WORK_MARK}={self.path}", tree=self.path)
+        stale = [f"{self.path}/{name}.lock" for name in ("packed-refs", "HEAD", "shallow", "config")]
+        await self._host.apply([RemoveFile(path) for path in [*stale, *await self._locks_below(f"{self.path}/refs")]])
+
+    async def _locks_below(self, directory: str) -> list[str]:
+        found: list[str] = []
+        for name in await self._host.list_directory(directory):
+            path = f"{directory}/{name}"
+            found += [path] if name.endswith(".lock") else await self._locks_below(path)
+        return found
 
     async def _fetch_now(self, state: _State) -> None:
         spawned = boottime()
@@ -466,7 +490,7 @@ class Mirror:
         await self._git.run(
             "fetch", "--prune", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--progress",
             "--no-recurse-submodules", "--update-shallow", "--end-of-options", remote, *refspecs,
-            git_dir=directory, retry=True, repo_name=self._repo_name,
+            git_dir=directory, retry=True, repo_name=self._repo_name, env={WORK_MARK: self.path},
         )  # fmt: skip
 
     async def _fetch_extra(self, source: str, target: str) -> None:
@@ -476,10 +500,10 @@ class Mirror:
             await self._git.run(
                 "fetch", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--no-recurse-submodules",
                 "--progress", "--update-shallow", "--end-of-options", "origin", f"+{source}:{target}",
-                git_dir=self.path, retry=True, repo_name=self._repo_name,
+                git_dir=self.path, retry=True, repo_name=self._repo_name, env={WORK_MARK: self.path},
             )  # fmt: skip
 
-        async with self._turn, self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+        async with self._turn, self._alone():
             try:
                 await fetch()
             except _DAMAGE as error:

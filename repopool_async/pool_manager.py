@@ -5,6 +5,7 @@ means, makes and deletes pools, and owns what they share.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -790,7 +791,7 @@ class PoolManager:
 
     def _emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._bus.emit(kind, fields)
-        if kind == "slot.available":
+        if kind in ("slot.available", "slot.postponed"):  # the latter perhaps for want of the room that trash takes
             self._janitor.note_trash()
 
     async def _named(self, name: str | None) -> list[RepoPool]:
@@ -823,7 +824,8 @@ def _refuse_change(stored: Pool | None, options: PoolOptions) -> None:
 def _usable_directory(directory: str, locks: str) -> None:
     os.makedirs(locks, exist_ok=True)  # noqa: PTH103 - plain strings throughout
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(13, "Permission denied", directory)
+        code = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(code, os.strerror(code), directory)
 
 
 def _raise_open_file_limit() -> None:

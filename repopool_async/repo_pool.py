@@ -31,12 +31,13 @@ from repopool_async.exceptions import (
     SlotAllocationError,
     SlotInUseError,
     SlotNotFoundError,
+    StoreError,
     TooManyRequestsError,
 )
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import Lease, LeaseEnd, Pool, PoolSummary, ResolvedRef, Slot, SlotState
 from repopool_async.salvage import Salvage
-from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder
+from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing, passing_told
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
@@ -204,6 +205,10 @@ class RepoPool:
             raise LeaseLostError(
                 f"{slot_id}: was taken away and deleted while leased", slot_id=slot_id, repo_name=self.name
             ) from error
+        except StoreError:
+            # It cannot be written that the lease ended: without its lock the slot is an orphan, and recovered.
+            await self._parts.coordinator.abandon_hold(grant)
+            raise
 
     async def release(self, slot_id: str, *, token: int | None) -> None:
         """End the lease of a slot by id and clean it; where it is not leased (any more), do nothing.
@@ -309,8 +314,9 @@ class RepoPool:
         attempt = _Attempt(wanted, new_branch, metadata, priority, timeout, waits_for_cleaning, ttl)
         self._parts.allocator.record_request(self.name)
         try:
-            async with attempt.deadline.limit():
-                return await self._try(attempt)
+            with passing_told(self.name):
+                async with attempt.deadline.limit():
+                    return await self._try(attempt)
         except PoolTimeoutError:
             self._parts.allocator.record_timeout(self.name)
             raise
@@ -331,7 +337,7 @@ class RepoPool:
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
                 await shielded(self._take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
-                if not isinstance(error, CleanupError):
+                if not isinstance(error, CleanupError) or is_passing(error):
                     raise
                 attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
             else:
@@ -455,10 +461,10 @@ class RepoPool:
         """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it."""
         if isinstance(error, LeaseLostError):
             return
-        if isinstance(error, CleanupError):
+        if isinstance(error, CleanupError) and not is_passing(error):
             await self.keeper.quarantine(grant, grant.slot, error)
             return
-        slot = await self._parts.coordinator.begin_return(grant)
+        slot = await self._begin_return(grant)
         self.keeper.clean_later(grant, slot)
 
     async def _timed_out(self, attempt: "_Attempt", slots: list[Slot] | None = None) -> PoolTimeoutError:

@@ -14,6 +14,7 @@ from typing import Final
 import attrs
 
 from repopool_async._clock import boottime, now
+from repopool_async._git import WORK_MARK
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
@@ -50,6 +51,8 @@ SlotCallback = Callable[[Slot], Awaitable[None] | None]
 _NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 _NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
+
+_DISK_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @attrs.frozen
@@ -156,6 +159,8 @@ class SlotCleaner:
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
+        # The dead owner's own git outlives it: in a session of its own, it may be amid a check-out.
+        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=slot.path)
         first = await self._end_lease(slot)
         return await self._climb(_Log(slot, "recover"), slot, checkout, first=first, falls_back=True)
 
@@ -369,6 +374,8 @@ class _Log:
 
 def _next_rung(rung: Rung, error: BaseException, *, owns_objects: bool) -> Rung | None:
     """Return the next rung worth trying after an error, None at the end of the ladder or where climbing cannot help."""
+    if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+        return None
     if isinstance(error, _NOT_HELPED_BY_CLIMBING) or rung is Rung.REBUILD_MIRROR:
         return None
     if isinstance(error, GitMirrorDamagedError):

@@ -6,9 +6,11 @@ Who waits for slots is not its business; it only says that something changed.
 """
 
 import asyncio
+import errno
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,7 +20,16 @@ from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async.config import PoolOptions
 from repopool_async.coordination.base import Coordinator, Hold
-from repopool_async.exceptions import CleanupError, GitOperationError, LeaseLostError, PoolManagerError, SlotInUseError
+from repopool_async.exceptions import (
+    CleanupError,
+    GitDiskFullError,
+    GitOperationError,
+    LeaseLostError,
+    PoolManagerError,
+    SlotInUseError,
+    SlotNotFoundError,
+    StoreError,
+)
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host
 from repopool_async.mirror import Mirror
@@ -34,6 +45,8 @@ _log: Final = logging.getLogger("repopool")
 
 _RETRY_SECONDS: Final = 0.1
 _TIDYING_SECONDS: Final = 600.0
+
+_PASSING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _Work = Callable[[Checkout], Awaitable[CleanupResult]]
 
@@ -139,7 +152,10 @@ class SlotKeeper:
             await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            await self.quarantine(hold, slot, error)
+            if is_passing(error):
+                await self._postpone(hold, slot, error)
+            else:
+                await self.quarantine(hold, slot, error)
         except BaseException:
             await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
             raise
@@ -219,12 +235,21 @@ class SlotKeeper:
             await self._parts.coordinator.finish(hold, broken(slot, reason))
         except LeaseLostError:
             _log.warning("%s: was taken away while being cleaned", slot.slot_id)
+        except StoreError as failure:
+            await self._postpone(hold, slot, failure)
+
+    async def _postpone(self, hold: Hold, slot: Slot, error: BaseException) -> None:
+        """Let go of a slot that cannot be cleaned or recorded now; recovery tries again, by whomever."""
+        _log.warning("%s: left to recovery: %s", slot.slot_id, error)
+        self._parts.emit("slot.postponed", {"slot_id": slot.slot_id, "reason": str(error)})
+        await shielded(self._parts.coordinator.abandon_hold(hold), name=f"postpone-{slot.slot_id}")
 
     # -- making, mending, removing -------------------------------------------------------------------------------
 
     async def make_mirror(self) -> None:
         """Clone the repository, unless that has been done; see `Mirror.ensure`."""
-        await self._parts.mirror.ensure()
+        with passing_told(self._name):
+            await self._parts.mirror.ensure()
 
     async def resize(self, num_slots: int) -> None:
         """Add or remove slots until there are `num_slots`; raises `SlotInUseError` where too many are leased."""
@@ -293,6 +318,10 @@ class SlotKeeper:
         Raises:
             GitOperationError, CleanupError, OSError: it could not be made; nothing of it is left.
         """
+        with passing_told(self._name):
+            return await self._add_slot()
+
+    async def _add_slot(self) -> Slot:
         number = await self._parts.coordinator.next_slot_number(self._name)
         slot_id = make_slot_id(self._name, number)
         slot = Slot(
@@ -320,6 +349,9 @@ class SlotKeeper:
             await self._parts.coordinator.delete(hold)
         except LeaseLostError:
             return  # finished in the instant in which the maker was cancelled: the slot exists and is good
+        except StoreError:
+            await self._parts.coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
+            raise
         await self._parts.cleaner.discard(slot)
 
     async def remove_slot(self, slot_id: str, *, saves_work: bool = True) -> None:
@@ -391,7 +423,9 @@ class SlotKeeper:
         self.last_recovery = boottime()
         recovered = []
         for orphan in await self._parts.coordinator.orphans(self._name):
-            hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
+            hold = None
+            with suppress(SlotNotFoundError):  # somebody else has just finished deleting it
+                hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
             if hold is not None:
                 recovered.append(orphan.slot_id)
                 self._parts.emit(
@@ -406,6 +440,35 @@ class SlotKeeper:
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._name, name, exc_info=error)
         self._parts.emit("pool.task_failed", {"repo_name": self._name, "task": name, "error": str(error)})
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether something failed that is no slot's fault and will pass: the disk is full or read-only."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GitDiskFullError) or (isinstance(cause, OSError) and cause.errno in _PASSING):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+@contextmanager
+def passing_told(repo_name: str) -> Iterator[None]:
+    """Turn what will pass, where it is not told as such already, into a `StoreError` that names the remedy."""
+    try:
+        yield
+    except (CleanupError, OSError) as error:
+        if not is_passing(error):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        remedy = "mount it read-write" if getattr(cause, "errno", 0) == errno.EROFS else "free some space there"
+        raise StoreError(
+            f"{repo_name}: the pool's file system is full or read-only ({cause}); {remedy}, then try again: slots that "
+            f"could not be finished are recovered by themselves",
+            repo_name=repo_name,
+        ) from error
 
 
 def describe_holder(slot: Slot) -> str:

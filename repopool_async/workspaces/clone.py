@@ -16,7 +16,7 @@ import attrs
 
 from repopool_async._aio import together
 from repopool_async._clock import now, wall_minus_boot_ns
-from repopool_async._git import GitRunner
+from repopool_async._git import WORK_MARK, GitRunner
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError, PoolManagerError
 from repopool_async.git_directory import GitDirectory, lessee_steps, own_pack_steps, pristine_steps
@@ -623,7 +623,14 @@ class CloneWorkspace:
         await self._host.apply([Discard(f"{paths.directory}/{name}", paths.trash) for name in names])
 
     async def _run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
-        return await self._git.run(*args, git_dir=_Paths(slot.path).git, work_tree=tree, cwd=tree, slot_id=slot.slot_id)
+        return await self._git.run(
+            *args,
+            git_dir=_Paths(slot.path).git,
+            work_tree=tree,
+            cwd=tree,
+            slot_id=slot.slot_id,
+            env={WORK_MARK: slot.path},
+        )
 
 
 def _place(slot: Slot, tree: str | None = None) -> Place:
