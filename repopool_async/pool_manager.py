@@ -5,18 +5,19 @@ means, makes and deletes pools, and owns what they share.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, cast
 
 import attrs
 
-from repopool_async._aio import Deadline, TaskSet, in_thread, shielded, together
+from repopool_async._aio import Deadline, Interruptions, TaskSet, in_thread, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async._git import GitRunner, base_environment, check_git_version
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
@@ -65,8 +66,25 @@ _log: Final = logging.getLogger("repopool")
 _FILES_RESERVED: Final = 128
 """Open files of a process beside one lock for every slot."""
 
+_CLOSED_MEANWHILE: Final = "the PoolManager was closed meanwhile; open a new one"
+
 _LESSEE_PROCESSES: Final = 1_000_000
 """How many commands lessees run at once is their business."""
+
+
+Verb = TypeVar("Verb", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+def _ended_by_closing(verb: Verb) -> Verb:
+    """Make a verb fail with `ManagerClosedError` when the manager is closed meanwhile, before `close` returns."""
+
+    @functools.wraps(verb)
+    async def interruptible(self: "PoolManager", *args: Any, **kwargs: Any) -> Any:
+        self._require_open()
+        async with self._interruptions.allowed(None, ManagerClosedError(_CLOSED_MEANWHILE)):
+            return await verb(self, *args, **kwargs)
+
+    return cast("Verb", interruptible)
 
 
 class PoolManager:
@@ -97,6 +115,7 @@ class PoolManager:
         self._changing: dict[str, asyncio.Task[None]] = {}
         self._is_refused = False
         self._transition = asyncio.Lock()
+        self._interruptions = Interruptions()
         self._callbacks = Callbacks(configure=configure, check=check, reset=reset)
         self._git_config = dict(git_config or {})
         self._bus = EventBus()
@@ -153,13 +172,18 @@ class PoolManager:
             raise ManagerClosedError("this PoolManager was opened before; make a new one")
         self._state = "opening"
         self._bus.open()
+        async with self._transition:  # free, or somebody would have changed the state
+            await self._open()
+
+    async def _open(self) -> None:
         try:
             await self._check_platform()
             await self._adopt_stored_pools()
             await self._janitor.start()
         except BaseException:
-            await shielded(self._end_pools(list(self._pools.values()), Deadline.after(0)), name="close-now")
+            await shielded(self._end_pools(Deadline.after(0)), name="close-now")
             self._state = "closed"
+            self._bus.close()
             raise
         self._state = "open"
         for name in self.config.pools:
@@ -169,37 +193,41 @@ class PoolManager:
             self._tasks.spawn(watcher.run(), name="watch-config")
 
     async def close(self, timeout: float | Unset | None = Unset.TIMEOUT) -> None:
-        """End everything; a second call does nothing.
+        """End everything; a second call waits for the first, and one during `open` for that.
 
         Args:
             timeout: seconds of grace for holders and cleanings; the configured `close_timeout` where missing, None for
                 no limit.
 
-        Waiters fail at once with `ManagerClosedError`. What is not finished in time is left to recovery by whoever
-        opens the directory next. Afterwards no task, process or lock of this manager is left. Cancelling it cuts the
-        grace short.
+        Waiters, and whoever is making, changing or repairing something, fail at once with `ManagerClosedError`. What is
+        not finished in time is left to recovery by whoever opens the directory next. Afterwards no task, process or
+        lock of this manager is left. Cancelling it cuts the grace short.
         """
-        if self._state != "open":
-            if self._state == "new":
-                self._state = "closed"
-            return
+        if self._state == "new":
+            self._state = "closed"
+        async with self._transition:
+            if self._state == "open":
+                grace = self.config.close_timeout if timeout is Unset.TIMEOUT else timeout
+                await self._close(Deadline.after(grace))
+
+    async def _close(self, deadline: Deadline) -> None:
         self._state = "closing"
-        grace = self.config.close_timeout if timeout is Unset.TIMEOUT else timeout
-        pools = list(self._pools.values())
-        for pool in pools:
+        for pool in self._pools.values():
             pool.refuse()
         try:
-            await self._end_pools(pools, Deadline.after(grace))
+            await self._end_pools(deadline)
         except BaseException:
-            await shielded(self._end_pools(pools, Deadline.after(0)), name="close-now")
+            await shielded(self._end_pools(Deadline.after(0)), name="close-now")
             raise
         finally:
             self._state = "closed"
             self._bus.close()
 
-    async def _end_pools(self, pools: list[RepoPool], deadline: Deadline) -> None:
+    async def _end_pools(self, deadline: Deadline) -> None:
+        await self._interruptions.interrupt()
         await self._tasks.cancel()
         await self._janitor.stop()
+        pools = list(self._pools.values())
 
         async def end(pool: RepoPool) -> None:
             await pool.close(deadline)
@@ -406,6 +434,7 @@ class PoolManager:
 
     # -- pools ---------------------------------------------------------------------------------------------------
 
+    @_ended_by_closing
     async def create_pool(
         self, repo_name: str, repo_url: str, *, num_slots: int | None = None, **options: Any
     ) -> RepoPool:
@@ -570,6 +599,7 @@ class PoolManager:
         self._require_open()
         return sorted({*self._pools, *await self._store.list_pools()})
 
+    @_ended_by_closing
     async def delete_pool(self, name: str, force: bool = False) -> None:
         """Delete a pool: slots, mirror, history.
 
@@ -649,6 +679,7 @@ class PoolManager:
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
+    @_ended_by_closing
     async def add_slot(self, repo_name: str) -> Slot:
         """Add a slot to a live pool (7.1, 7.2); raises as `create_pool` does."""
         pool = await self.get_pool(repo_name)
@@ -656,6 +687,7 @@ class PoolManager:
         await self._remember_size(pool)
         return slot
 
+    @_ended_by_closing
     async def remove_slot(self, slot_id: str) -> None:
         """Delete a slot, directory and all (7.3 to 7.5).
 
@@ -666,6 +698,7 @@ class PoolManager:
         await pool.keeper.remove_slot(slot_id)
         await self._remember_size(pool)
 
+    @_ended_by_closing
     async def resize(self, repo_name: str, num_slots: int) -> None:
         """Grow or shrink a pool to a number of slots.
 
@@ -690,10 +723,12 @@ class PoolManager:
         await self._store.save_pool(record)
         pool.reconfigure(record, options)
 
+    @_ended_by_closing
     async def repair_slot(self, slot_id: str) -> CleanupResult:
         """Make a quarantined or damaged slot anew (9.5); see `RepoPool.repair_slot`."""
         return await (await self._pool_of(slot_id)).keeper.repair_slot(slot_id)
 
+    @_ended_by_closing
     async def check(self, repo_name: str | None = None) -> dict[str, list[str]]:
         """Look at every inode of every AVAILABLE slot and repair those in which something is wrong.
 
@@ -705,6 +740,7 @@ class PoolManager:
             found |= await pool.keeper.check()
         return found
 
+    @_ended_by_closing
     async def drain(self, repo_name: str | None = None) -> None:
         """Make the trees of all unleased slots anew."""
         for pool in await self._named(repo_name):
@@ -772,6 +808,7 @@ class PoolManager:
         """Iterate over what happens from now on, until the manager is closed."""
         return self._bus.listen()
 
+    @_ended_by_closing
     async def recover(self) -> SweepReport:
         """Run the janitor once, wait until what it began is done, and return what it did.
 

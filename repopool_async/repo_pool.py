@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 import attrs
 
 from repopool_async import origins
-from repopool_async._aio import Deadline, shielded
+from repopool_async._aio import Deadline, Interruptions, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import new_lease_id
@@ -82,6 +82,7 @@ class RepoPool:
         self._is_closing = False
         self._is_retired = False
         self._waiting: set[asyncio.Task[Any]] = set()
+        self._attempts = Interruptions()
         self._former: list[Mirror] = []
 
     @property
@@ -253,7 +254,7 @@ class RepoPool:
         attempt.origin = origins.here(is_whole=self.options.leak_warning is not None)
         self._parts.allocator.record_request(self.name)
         try:
-            async with attempt.deadline.limit():
+            async with self._attempts.allowed(attempt.deadline.remaining(), _closed(self.name)):
                 return await self._try(attempt)
         except PoolTimeoutError:
             self._parts.allocator.record_timeout(self.name)
@@ -586,6 +587,7 @@ class RepoPool:
     def refuse(self) -> None:
         """Fail all waiters at once and let nobody queue any more."""
         self._is_closing = True
+        self._attempts.begin()
         self._queue.refuse(_closed(self.name))
         self._changed.set()
 
@@ -596,6 +598,7 @@ class RepoPool:
         ALLOCATED without a lock, which whoever opens the directory next recovers.
         """
         self.refuse()
+        await self._attempts.interrupt()
         try:
             async with deadline.limit():
                 while self._open or self.keeper.returning:

@@ -158,12 +158,12 @@ async def test_options_count_from_the_next_lease_on(manager: PoolManager, file: 
 async def test_options_that_components_are_made_with_are_taken_on_too(
     manager: PoolManager, file: File, origin: Path
 ) -> None:
-    async with manager.lease("web") as held:
+    async with manager.lease("web"):
         file.write(web=f"num_slots: 2, remotes: {{fork: {origin}}}")
         await manager.reload()
         await manager.wait_ready(60)
-        async with manager.lease("web", ref="refs/remotes/fork/main") as slot:
-            assert slot.commit == held.commit
+        async with manager.lease("web") as slot:
+            assert "fork/main" in await slot.list_remote_branches("fork")
     await manager.wait_clean()
     assert await manager.available_count("web") == 2
 
@@ -242,16 +242,17 @@ async def test_a_pool_removed_while_it_comes_up_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "message"),
+    "case",
     [
-        ("pools:\n  web:\n    num_slots: many\n", 3, "num_slots"),
+        ("pools:\n  web:\n    repo_url: /x\n    num_slots: many\n", 4, "num_slots"),
         ("pools: [\n", 2, "not valid YAML"),
         ("\n\nnonsense: 1\n", 3, "unknown key"),
     ],
 )
 async def test_a_bad_edit_is_refused_with_its_line_and_changes_nothing(
-    manager: PoolManager, file: File, text: str, line: int, message: str, caplog: pytest.LogCaptureFixture
+    manager: PoolManager, file: File, case: tuple[str, int, str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    text, line, message = case
     before = manager.config
     listener = Listener(manager)
     waiting = asyncio.get_running_loop().create_task(listener.until("config.refused"))
