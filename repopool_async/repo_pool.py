@@ -449,24 +449,24 @@ class RepoPool:
                 f"this task already holds {held}: it waits for itself; give that back first, take both at once in "
                 f"another pool, or raise num_slots"
             )
-        leases = [slot.lease for slot in slots if slot.lease is not None and slot.state is SlotState.ALLOCATED]
-        opened_here = [self._open.get(lease.lease_id) for lease in leases]
-        if not slots or len(leases) < len(slots):
-            return ""
-        if all(one is not None and any(one.origin.is_of(task) for task in self._waiting) for one in opened_here):
+        if self._do_all_holders_wait(slots):
             return (
                 "every slot is held by a task that itself waits for another slot of this pool: they wait for each "
                 "other; let each take one slot, or raise num_slots"
             )
         return ""
 
+    def _do_all_holders_wait(self, slots: list[Slot]) -> bool:
+        opened = [self._open.get(slot.lease.lease_id) for slot in slots if slot.lease is not None]
+        return len(opened) == len(slots) > 0 and all(
+            one is not None and any(one.origin.is_of(task) for task in self._waiting) for one in opened
+        )
+
     def _tell_deadlock(self, attempt: "_Attempt", slots: list[Slot]) -> None:
         """Tell at once of a wait that no time-out ends."""
         if attempt.timeout is not None or attempt.is_deadlock_told:
             return
-        leased = [slot for slot in slots if slot.state is SlotState.ALLOCATED]
-        mine = [one for one in self._open.values() if one.origin.is_of(asyncio.current_task())]
-        deadlock = self._deadlock(slots) if len(leased) == len(slots) and (len(mine) in (0, len(slots))) else ""
+        deadlock = self._deadlock(slots) if self._do_all_holders_wait(slots) else ""
         if deadlock:
             attempt.is_deadlock_told = True
             self._parts.emit("lease.deadlock", {"repo_name": self.name, "reason": deadlock})
