@@ -10,8 +10,9 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, Final, Self, TypeVar, TypeVarTuple
 
 import anyio
@@ -234,6 +235,57 @@ class Deadline:
         An expired deadline still lets the block run up to its first suspension.
         """
         return asyncio.timeout(self.remaining())
+
+
+class Interruptions:
+    """Blocks of code in callers' tasks that can be ended from outside, with an error instead of a cancellation."""
+
+    def __init__(self) -> None:
+        self._limits: set[asyncio.Timeout] = set()
+        self._interrupted: set[asyncio.Timeout] = set()
+        self._gone = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._limits)
+
+    @asynccontextmanager
+    async def allowed(self, seconds: float | None, error: BaseException) -> AsyncIterator[None]:
+        """Let the block be interrupted.
+
+        Args:
+            seconds: after which the block ends with `TimeoutError`. error: raised from a block that was interrupted.
+        """
+        is_interrupted: list[bool] = []
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
+                    is_interrupted.append(limit in self._interrupted)
+                    self._interrupted.discard(limit)
+                    self._gone.set()
+        except TimeoutError:
+            if limit.expired() and is_interrupted == [True]:
+                raise error from None
+            raise
+
+    def begin(self) -> None:
+        """Interrupt every block; returns before they have ended."""
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            if not limit.expired():
+                self._interrupted.add(limit)
+                limit.reschedule(now)
+
+    async def interrupt(self) -> None:
+        """Interrupt every block and wait until they have ended; called from within one, it is interrupted itself."""
+        self.begin()
+        while self._limits:
+            self._gone.clear()
+            await self._gone.wait()
 
 
 async def together(*operations: Callable[[], Coroutine[Any, Any, object]]) -> None:

@@ -533,8 +533,13 @@ _NETWORK_TYPE: Final = r"""
 
 def is_network_file_system(path: str) -> bool:
     """Return whether `path`, or where it would be, lies on a network file system; False where nobody can say."""
-    kind = _file_system_type(os.path.realpath(path), _mounts())
+    kind = file_system_type(path)
     return kind is not None and re.fullmatch(_NETWORK_TYPE, kind, re.VERBOSE) is not None
+
+
+def file_system_type(path: str) -> str | None:
+    """Return the name of the file system that `path` lies on, or would; None where nobody can say."""
+    return _file_system_type(os.path.realpath(path), _mounts())
 
 
 def _file_system_type(path: str, mounts: list[tuple[str, str]]) -> str | None:

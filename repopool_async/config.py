@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -25,15 +26,12 @@ UNSUPPORTED: Final = frozenset(
     {
         "max_slots",
         "idle_seconds",
-        "max_lease_seconds",
         "keep",
         "setup",
         "setup_key",
-        "disk_limit",
         "lfs",
         "sparse",
         "history",
-        "leak_warning",
         "hosts",
         "coordination",
         "webhooks",
@@ -515,6 +513,7 @@ class PoolOptions:
     git_timeout: float = _option(_duration(), 3600.0, "how long one git command may take")
     git_idle_timeout: float = _option(_duration(), 300.0, "how long one git command may be silent")
     fetch_attempts: int = _option(_integer(1, 100), 3, "how often a fetch or clone is tried")
+    auto_repair: bool = _option(_FLAG, True, "whether the janitor tries to repair quarantined slots")
 
     def __attrs_post_init__(self) -> None:
         """Refuse values that mean nothing together."""
@@ -526,6 +525,10 @@ class PoolOptions:
             raise _located("means nothing without setup", ("setup_key",))
         if self.isolation == "full" and self.history != "full":
             raise _located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
+        longest = self.max_lease_seconds
+        if self.leak_warning is not None and longest is not None and self.leak_warning >= longest:
+            text = f"expected less than max_lease_seconds ({longest:g}), at which the lease is over"
+            raise _located(text, ("leak_warning",))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "PoolOptions":
@@ -629,6 +632,11 @@ class PoolConfig:
     janitor_interval: float = _option(_duration(), 60.0, "time between two sweeps for orphans")
     allow_protocols: tuple[str, ...] = _option(
         _PROTOCOLS, ("https", "http", "ssh", "git", "file"), "how repositories may be reached"
+    )
+    watch: Literal["auto", "poll", "never"] = _option(
+        _choice("auto", "poll", "never"),
+        "auto",
+        "how changes of this file are noticed; poll: by reading it each second",
     )
     source: Path | None = attrs.field(default=None, kw_only=True)
 
@@ -867,6 +875,15 @@ class _Reader:
         if self.source is None or not isinstance(given, str) or not given or given.startswith("~") or "://" in given:
             return top
         return {**top, "workspaces_dir": str(self.source.parent / given)}
+
+
+def refusal_in(source: Path, key: Sequence[str], text: str) -> ConfigError:
+    """Return the refusal of a key of a file for a reason that only a running manager knows; blocks on the file."""
+    reader = _Reader(source)
+    with suppress(ConfigError):  # it changed again meanwhile
+        reader.parse(_read_text(source))
+    reader.refuse(tuple(key), text)
+    return reader.problems[0]
 
 
 def _read_text(source: Path) -> str:

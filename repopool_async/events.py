@@ -26,7 +26,12 @@ _WARNINGS: Final = (
     "store.corrupt",
     "pool.failed",
     "slot.salvage_failed",
+    "config.refused",
+    "lease.expired",
+    "lease.deadlock",
+    "pool.over_disk_limit",
 )
+_NOTICES: Final = ("config.applied", "pool.drained", "janitor.swept", "slot.repairing", "slot.removed", "slot.added")
 _BACKLOG: Final = 1000
 
 
@@ -58,7 +63,7 @@ class EventBus:
     def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Tell everybody who listens; callable from any thread, never blocks."""
         event = Event(kind=kind, at=now(), fields=dict(fields))
-        _log.log(logging.WARNING if kind in _WARNINGS else logging.DEBUG, "%s %s", kind, event.fields)
+        _log.log(_level_of(kind), "%s %s", kind, event.fields)
         if not self._queues or self._loop is None or self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._hand_out, event)
@@ -89,6 +94,12 @@ class EventBus:
     def _hand_out(self, event: Event) -> None:
         for queue in self._queues:
             _put(queue, event)
+
+
+def _level_of(kind: str) -> int:
+    if kind in _WARNINGS:
+        return logging.WARNING
+    return logging.INFO if kind in _NOTICES else logging.DEBUG
 
 
 def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:

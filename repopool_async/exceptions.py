@@ -93,7 +93,8 @@ class PoolTimeoutError(NoAvailableSlotError, TimeoutError):
 
     Attributes:
         timeout_seconds: what the caller allowed. phase: `queue`, `fetch` or `checkout`.
-        holders: who holds the slots, a line each.
+        holders: who holds the slots, a line each; of this process's leases also which task took it, and where.
+        is_self_wait: whether the waiting task itself, or tasks that wait as well, hold all slots: a deadlock.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class PoolTimeoutError(NoAvailableSlotError, TimeoutError):
         timeout_seconds: float | None = None,
         phase: str = "queue",
         holders: tuple[str, ...] = (),
+        is_self_wait: bool = False,
     ) -> None:
         super().__init__(message, repo_name=repo_name, slot_id=slot_id)
+        self.is_self_wait = is_self_wait
         self.timeout_seconds = timeout_seconds
         self.phase = phase
         self.holders = holders

@@ -1,25 +1,69 @@
-"""Puts right what nobody else will: slots of dead owners, leases taken away, trash.
+"""Puts right what nobody else will: slots of dead owners, leases taken away or too long, damaged slots, rubbish.
 
-One background loop per manager, and the same sweep on demand (`PoolManager.recover`). Everything it does is reported as
-an event. It decides nothing about a single slot; pools and coordinators do.
+One background loop per manager, and the same sweep on demand (`PoolManager.recover`). Taking over what dead owners left
+is every manager's work; the rest is done by one janitor at a time among all processes, which holds the lock `janitor`.
+Everything it does is reported as an event. It decides nothing about a single slot; pools and coordinators do.
 """
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from repopool_async._aio import TaskSet
-from repopool_async._clock import now
-from repopool_async.exceptions import PoolManagerError
+from repopool_async._aio import TaskSet, in_thread
+from repopool_async._clock import boottime, now
+from repopool_async._identity import boot_id
+from repopool_async.exceptions import LockTimeoutError, PoolManagerError
 from repopool_async.hosts.base import Host
-from repopool_async.models import SlotState
+from repopool_async.housekeeping import LeftOver, left_overs, remove
+from repopool_async.lock_manager import LockManager
+from repopool_async.models import SlotState, StaleLock
 from repopool_async.repo_pool import RepoPool
 from repopool_async.slot_store import SlotStore
 
 _log: Final = logging.getLogger("repopool")
 
 _LEASE_CHECK_SECONDS: Final = 1.0
+_LOCK_ID: Final = "janitor"
+_LOCK_SECONDS: Final = 10.0
+"""How long a sweep on demand waits for another process's."""
+_REPAIR_SECONDS: Final = (60.0, 3600.0)
+"""The first and the longest pause between attempts to repair a slot that does not stay repaired."""
+_DISK_CHECK_SECONDS: Final = 300.0
+_DISK_TIMEOUT_SECONDS: Final = 600.0
+
+
+class SweepReport(list[str]):
+    """What a sweep did: the ids of the slots that it took over from dead owners, and as attributes all else.
+
+    Attributes:
+        stale_locks: of which the signatures of dead holders were erased. removed: paths of left-overs deleted.
+        repairing: quarantined slots whose repair was begun. expired: slots whose lease had lasted too long.
+        over_limit: pools that use more disk than they may, even after what may go has gone.
+        is_janitor: False where another process was sweeping, which then did the rest.
+    """
+
+    def __init__(self, recovered: Iterable[str] = ()) -> None:
+        super().__init__(recovered)
+        self.stale_locks: list[StaleLock] = []
+        self.removed: list[str] = []
+        self.repairing: list[str] = []
+        self.expired: list[str] = []
+        self.over_limit: list[str] = []
+        self.is_janitor = True
+
+    def fields(self) -> dict[str, Any]:
+        """Return everything it did, for an event; empty where that is nothing."""
+        done = {
+            "recovered": list(self),
+            "stale_locks": [lock.slot_id for lock in self.stale_locks],
+            "removed": self.removed,
+            "repairing": self.repairing,
+            "expired": self.expired,
+            "over_limit": self.over_limit,
+        }
+        return {name: value for name, value in done.items() if value}
 
 
 class Janitor:
@@ -35,24 +79,29 @@ class Janitor:
         *,
         host: Host,
         store: SlotStore,
+        locks: LockManager,
         emit: Callable[[str, Mapping[str, Any]], None],
         interval_seconds: float,
     ) -> None:
         self._pools = pools
         self._host = host
         self._store = store
+        self._locks = locks
         self._emit = emit
-        self._interval_seconds = interval_seconds
+        self.interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
         self._turn = asyncio.Lock()
-        self._unreported: dict[str, None] = {}
+        self._taken_over: list[str] = []
         self._warned: set[str] = set()
+        self._repairs: dict[str, tuple[int, float]] = {}
+        self._measured: dict[str, float] = {}
+        self._over_limit: set[str] = set()
         self._has_trash = asyncio.Event()
 
     async def start(self) -> None:
         """Take over what dead owners left, and go on sweeping in the background."""
         for pool in self._pools():
-            self._unreported |= dict.fromkeys(await pool.keeper.recover())
+            self._taken_over += await pool.keeper.recover()
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
         self._tasks.spawn(self._empty_trash_for_ever(), name="empty-trash")
@@ -65,23 +114,46 @@ class Janitor:
         """End the background work; a sweep under way is interrupted where it may be."""
         await self._tasks.cancel()
 
-    async def sweep(self) -> list[str]:
-        """Take over what dead owners left, expire saved work, have the trash emptied.
+    async def sweep(self, *, is_asked: bool = True) -> SweepReport:
+        """Take over what dead owners left, begin all else that is to be put right, and return what was done.
 
-        Returns:
-            The ids of the slots whose recovery was begun since this was last asked.
+        What was taken over in the background since the last call is among it.
+
+        Args:
+            is_asked: wait for another process's janitor, and do at once what otherwise is done now and then.
         """
         async with self._turn:
-            await self._sweep()
-        recovered, self._unreported = list(self._unreported), {}
-        return recovered
+            return await self._sweep(is_asked=is_asked)
 
-    async def _sweep(self) -> None:
-        for pool in self._pools():
-            self._unreported |= dict.fromkeys(await pool.keeper.recover())
-            await pool.keeper.tidy_salvage()
-            await self._warn_of_long_leases(pool)
+    async def _sweep(self, *, is_asked: bool) -> SweepReport:
+        taken_over, self._taken_over = self._taken_over, []
+        report = SweepReport(taken_over)
+        for pool in list(self._pools()):
+            report += await pool.keeper.recover()
+        try:
+            async with self._locks.acquire_slot_lock(_LOCK_ID, timeout=_LOCK_SECONDS if is_asked else 0):
+                await self._do_chores(report, is_asked=is_asked)
+        except LockTimeoutError:
+            report.is_janitor = False
         self.note_trash()
+        if done := report.fields():
+            self._emit("janitor.swept", done)
+        return report
+
+    async def _do_chores(self, report: SweepReport, *, is_asked: bool) -> None:
+        report.stale_locks = await self._locks.cleanup_stale_locks()
+        for pool in list(self._pools()):
+            try:
+                await pool.keeper.tidy_salvage()
+                await self._warn_of_long_leases(pool)
+                report.expired += await self._end_too_long_leases(pool)
+                report.removed += await self._remove_left_overs(pool)
+                if await self._keep_to_disk_limit(pool, is_asked=is_asked):
+                    report.over_limit.append(pool.name)
+                report.repairing += await self._repair_damaged(pool, is_asked=is_asked)
+            except (PoolManagerError, OSError) as error:
+                # One damaged pool must not keep the others dirty.
+                self._emit("janitor.failed", {"repo_name": pool.name, "error": str(error)})
 
     async def empty_trash(self) -> None:
         """Delete what cleanings moved aside; another process doing the same is no matter."""
@@ -99,6 +171,99 @@ class Janitor:
                 self._warned.add(lease.lease_id)
                 self._emit("lease.long", {"slot_id": slot.slot_id, "lease_id": lease.lease_id, "hours": hours})
 
+    async def _end_too_long_leases(self, pool: RepoPool) -> list[str]:
+        """End leases older than `max_lease_seconds` whose own process does not: it may be stopped, or detached."""
+        longest = pool.options.max_lease_seconds
+        if longest is None:
+            return []
+        expired = []
+        for slot in await pool.list_slots():
+            lease = slot.lease if slot.state is SlotState.ALLOCATED else None
+            is_ours = lease is not None and lease.owner.boot_id == boot_id()
+            if lease is not None and is_ours and boottime() - lease.acquired_boottime >= longest + _LEASE_CHECK_SECONDS:
+                expired += [slot.slot_id] if await pool.expire(slot) else []
+        return expired
+
+    async def _remove_left_overs(self, pool: RepoPool) -> list[str]:
+        """Delete abandoned temporary files and trees, and records set aside long ago."""
+        removed = []
+        for left_over in await in_thread(left_overs, self._store.workspaces_directory, pool.name):
+            if left_over.lock_id is None:
+                removed += await self._remove(left_over)
+                continue
+            held = await self._locks.try_acquire(left_over.lock_id)
+            if held is None:
+                continue  # somebody is making it
+            try:
+                removed += await self._remove(left_over)
+            finally:
+                await held.release()
+        return removed
+
+    async def _remove(self, left_over: LeftOver) -> list[str]:
+        try:
+            await in_thread(remove, left_over)
+        except OSError as error:
+            _log.warning("cannot delete %s: %s", left_over.path, error)
+            return []
+        fields = {"path": left_over.path, "what": left_over.kind, "age_seconds": left_over.age_seconds}
+        self._emit("janitor.removed", fields)
+        return [left_over.path]
+
+    async def _repair_damaged(self, pool: RepoPool, *, is_asked: bool) -> list[str]:
+        """Begin to repair quarantined slots (9.2, 9.5), each after a pause that doubles while it does not last."""
+        if not pool.options.auto_repair or pool.name in self._over_limit:
+            return []
+        repairing = []
+        for slot in await pool.list_slots():
+            tries, not_before = self._repairs.get(slot.slot_id, (0, 0.0))
+            if slot.state is not SlotState.ERROR:
+                if boottime() > not_before + _REPAIR_SECONDS[1]:
+                    self._repairs.pop(slot.slot_id, None)
+                continue
+            if (is_asked or boottime() >= not_before) and await pool.keeper.repair_later(slot.slot_id):
+                pause = min(_REPAIR_SECONDS[0] * 2**tries, _REPAIR_SECONDS[1])
+                self._repairs[slot.slot_id] = (tries + 1, boottime() + pause)
+                fields = {"slot_id": slot.slot_id, "attempt": tries + 1, "reason": slot.error}
+                self._emit("slot.repairing", fields)
+                repairing.append(slot.slot_id)
+        return repairing
+
+    async def _keep_to_disk_limit(self, pool: RepoPool, *, is_asked: bool) -> bool:
+        """Free what may go where a pool uses more disk than `disk_limit`; return whether it still does.
+
+        First the trash goes, then the trees of quarantined slots, then surplus slots; a leased slot never.
+        """
+        limit = pool.options.disk_limit
+        is_due = boottime() - self._measured.get(pool.name, float("-inf")) >= _DISK_CHECK_SECONDS
+        if limit is None:
+            self._over_limit.discard(pool.name)
+            return False
+        if not (is_asked or is_due):
+            return pool.name in self._over_limit
+        used = found = await self._disk_usage(pool)
+        self._measured[pool.name] = boottime()
+        for free in (self._empty_trash, _drop_quarantined_trees, _trim):
+            if used > limit:
+                await free(pool)
+                used = await self._disk_usage(pool)
+        if found > limit:
+            fields = {"repo_name": pool.name, "bytes": found, "limit": limit, "bytes_after": used}
+            self._emit("pool.over_disk_limit", fields)
+        is_over = used > limit
+        (self._over_limit.add if is_over else self._over_limit.discard)(pool.name)
+        return is_over
+
+    async def _disk_usage(self, pool: RepoPool) -> int:
+        """Return the bytes of disk that a pool's directory uses, by `du`, which sees what users see."""
+        argv = ["du", "-skx", "--", self._store.pool_directory(pool.name)]
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+        result = await self._host.run(argv, env=environment, timeout=_DISK_TIMEOUT_SECONDS)
+        words = result.text.split()
+        if not words or not words[0].isdigit():  # what vanishes while it walks makes it fail, and is no failure
+            raise OSError(f"du says nothing about {argv[-1]}: {result.stderr.decode(errors='replace')[:200]}")
+        return int(words[0]) * 1024
+
     async def _empty_trash(self, pool: RepoPool) -> None:
         trash = str(self._store.trash_path(pool.name))
         for name in await self._host.list_directory(trash):
@@ -110,11 +275,10 @@ class Janitor:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                async with self._turn:
-                    await self._sweep()
+                self._taken_over = list(await self.sweep(is_asked=False))
             except (PoolManagerError, OSError):
-                _log.exception("the sweep failed; it is tried again in %g s", self._interval_seconds)
-            await asyncio.sleep(self._interval_seconds)
+                _log.exception("the sweep failed; it is tried again in %g s", self.interval_seconds)
+            await asyncio.sleep(self.interval_seconds)
 
     async def _empty_trash_for_ever(self) -> None:
         while True:
@@ -129,5 +293,15 @@ class Janitor:
                 try:
                     await pool.notice_lost_leases()
                     await pool.reap_expired_leases()
+                    await pool.check_ages()
+                    await pool.keeper.trim()
                 except (PoolManagerError, OSError):
                     _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)
+
+
+async def _drop_quarantined_trees(pool: RepoPool) -> None:
+    await pool.keeper.drop_quarantined_trees()
+
+
+async def _trim(pool: RepoPool) -> None:
+    await pool.keeper.trim()

@@ -133,6 +133,7 @@ class Mirror:
         self._snapshot_stamp: tuple[int, int] | None = None
         self._known_commits: set[str] = set()
         self._built_at = _LONG_AGO
+        self._known_remotes: dict[str, str] = {}
         self.fetch_count = 0
         self._lock_id = lock_id or f"mirror-{repo_name}"
         self._trash = trash or f"{path.rpartition('/')[0]}/trash"
@@ -410,8 +411,6 @@ class Mirror:
             )  # fmt: skip
         for key, value in _MIRROR_CONFIG.items():
             await self._run("config", key, value, git_dir=directory)
-        for name, url in self.remotes.items():
-            await self._run("config", f"remote.{name}.url", url, git_dir=directory)
         await self._fetch_remotes(directory)
 
     def _locality(self) -> tuple[str, ...]:
@@ -484,7 +483,18 @@ class Mirror:
         def fetching(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
             return lambda: self._fetch_from(name, [f"+refs/heads/*:refs/remotes/{name}/*"], directory)
 
+        await self._know_remotes(directory)
         await together(*(fetching(name) for name in self.remotes))
+
+    async def _know_remotes(self, directory: str) -> None:
+        """Note the remotes' URLs where they are not noted yet: options may have changed since the mirror was built."""
+        for name, url in self.remotes.items():
+            key = f"remote.{name}.url"
+            known = self._known_remotes.get(name)
+            if known != url and (await self._run("config", "--get", key, git_dir=directory, ok=(0, 1))).text != url:
+                await self._run("config", key, url, git_dir=directory)
+        if directory == self.path:
+            self._known_remotes = dict(self.remotes)
 
     async def _fetch_from(self, remote: str, refspecs: list[str], directory: str) -> None:
         await self._git.run(

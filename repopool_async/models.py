@@ -107,6 +107,7 @@ class Pool:
         num_slots: how many slots the pool is meant to have.
         next_slot_number: slot numbers are never used again.
         options: the per-pool options of `pools.yaml` that differ from the defaults.
+        is_drained: it was removed from the configuration: nothing of it is leased any more, nothing deleted.
         extra: keys of a newer version, kept as they are.
     """
 
@@ -116,6 +117,7 @@ class Pool:
     created_at: datetime
     next_slot_number: int = 1
     options: Mapping[str, Any] = attrs.field(factory=dict)
+    is_drained: bool = False
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 

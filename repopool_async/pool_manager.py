@@ -6,21 +6,25 @@ means, makes and deletes pools, and owns what they share.
 
 import asyncio
 import errno
+import functools
 import logging
 import os
 import resource
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, cast
 
 import attrs
 
-from repopool_async._aio import Deadline, TaskSet, in_thread, shielded, together
+from repopool_async._aio import Deadline, Interruptions, TaskSet, in_thread, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async._git import GitRunner, base_environment, check_git_version, lessee_environment
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
-from repopool_async.config import PoolConfig, PoolOptions, validate_repo_name
+from repopool_async.config import PoolConfig, PoolOptions, refusal_in, validate_repo_name
+from repopool_async.config_changes import READ_AT_USE, ConfigChange, changed_options, compare
+from repopool_async.config_watcher import ConfigWatcher
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.events import Event, EventBus
 from repopool_async.exceptions import (
@@ -30,6 +34,7 @@ from repopool_async.exceptions import (
     PoolExistsError,
     PoolManagerError,
     PoolNotFoundError,
+    RepositoryUrlError,
     SalvageError,
     SalvageNotFoundError,
     SlotNotFoundError,
@@ -37,7 +42,7 @@ from repopool_async.exceptions import (
 )
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.local import LocalHost
-from repopool_async.janitor import Janitor
+from repopool_async.janitor import Janitor, SweepReport
 from repopool_async.lease import LeasedSlot
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
@@ -71,10 +76,27 @@ _log: Final = logging.getLogger("repopool")
 _FILES_RESERVED: Final = 128
 """Open files of a process beside one lock for every slot."""
 
+_CLOSED_MEANWHILE: Final = "the PoolManager was closed meanwhile; open a new one"
+
 _LESSEE_PROCESSES: Final = 1_000_000
 """How many commands lessees run at once is their business."""
 
 _DETACHED_SECONDS: Final = 3600.0
+
+
+Verb = TypeVar("Verb", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+def _ended_by_closing(verb: Verb) -> Verb:
+    """Make a verb fail with `ManagerClosedError` when the manager is closed meanwhile, before `close` returns."""
+
+    @functools.wraps(verb)
+    async def interruptible(self: "PoolManager", *args: Any, **kwargs: Any) -> Any:
+        self._require_open()
+        async with self._interruptions.allowed(None, ManagerClosedError(_CLOSED_MEANWHILE)):
+            return await verb(self, *args, **kwargs)
+
+    return cast("Verb", interruptible)
 
 
 class PoolManager:
@@ -99,7 +121,13 @@ class PoolManager:
         reset: SlotCallback | None = None,
         git_config: Mapping[str, str] | None = None,
     ) -> None:
-        self.config: Final = config if config is not None else PoolConfig()
+        self.config = config if config is not None else PoolConfig()
+        self._source: Path | None = None
+        self._reloading = asyncio.Lock()
+        self._changing: dict[str, asyncio.Task[None]] = {}
+        self._is_refused = False
+        self._transition = asyncio.Lock()
+        self._interruptions = Interruptions()
         self._callbacks = Callbacks(configure=configure, check=check, reset=reset)
         self._git_config = dict(git_config or {})
         self._bus = EventBus()
@@ -118,6 +146,7 @@ class PoolManager:
             lambda: list(self._pools.values()),
             host=self._host,
             store=self._store,
+            locks=self._locks,
             emit=self._bus.emit,
             interval_seconds=self.config.janitor_interval,
         )
@@ -125,12 +154,14 @@ class PoolManager:
 
     @classmethod
     def from_config_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Return a manager for a `pools.yaml`; options are the constructor's.
+        """Return a manager for a `pools.yaml`, which follows the file while it is open; options are the constructor's.
 
         Raises:
             ConfigError: the file is refused; the message names key and line.
         """
-        return cls(PoolConfig.from_file(path), **options)
+        manager = cls(PoolConfig.from_file(path), **options)
+        manager._source = Path(path).absolute()
+        return manager
 
     def __repr__(self) -> str:
         return f"<PoolManager {str(self.config.workspaces_dir)!r} [{self._state} | pools: {sorted(self._pools)}]>"
@@ -153,50 +184,62 @@ class PoolManager:
             raise ManagerClosedError("this PoolManager was opened before; make a new one")
         self._state = "opening"
         self._bus.open()
+        async with self._transition:  # free, or somebody would have changed the state
+            await self._open()
+
+    async def _open(self) -> None:
         try:
             await self._check_platform()
             await self._adopt_stored_pools()
             await self._janitor.start()
         except BaseException:
-            await shielded(self._end_pools(list(self._pools.values()), Deadline.after(0)), name="close-now")
+            await shielded(self._end_pools(Deadline.after(0)), name="close-now")
             self._state = "closed"
+            self._bus.close()
             raise
         self._state = "open"
         for name in self.config.pools:
             self._starting[name] = self._tasks.spawn(self._bring_up(name), name=f"start-{name}")
+        if self._source is not None and self.config.watch != "never":
+            watcher = ConfigWatcher(self._source, self._file_changed, is_polled=self.config.watch == "poll")
+            self._tasks.spawn(watcher.run(), name="watch-config")
 
     async def close(self, timeout: float | Unset | None = Unset.TIMEOUT) -> None:
-        """End everything; a second call does nothing.
+        """End everything; a second call waits for the first, and one during `open` for that.
 
         Args:
             timeout: seconds of grace for holders and cleanings; the configured `close_timeout` where missing, None for
                 no limit.
 
-        Waiters fail at once with `ManagerClosedError`. What is not finished in time is left to recovery by whoever
-        opens the directory next. Afterwards no task, process or lock of this manager is left. Cancelling it cuts the
-        grace short.
+        Waiters, and whoever is making, changing or repairing something, fail at once with `ManagerClosedError`. What is
+        not finished in time is left to recovery by whoever opens the directory next. Afterwards no task, process or
+        lock of this manager is left. Cancelling it cuts the grace short.
         """
-        if self._state != "open":
-            if self._state == "new":
-                self._state = "closed"
-            return
+        if self._state == "new":
+            self._state = "closed"
+        async with self._transition:
+            if self._state == "open":
+                grace = self.config.close_timeout if timeout is Unset.TIMEOUT else timeout
+                await self._close(Deadline.after(grace))
+
+    async def _close(self, deadline: Deadline) -> None:
         self._state = "closing"
-        grace = self.config.close_timeout if timeout is Unset.TIMEOUT else timeout
-        pools = list(self._pools.values())
-        for pool in pools:
+        for pool in self._pools.values():
             pool.refuse()
         try:
-            await self._end_pools(pools, Deadline.after(grace))
+            await self._end_pools(deadline)
         except BaseException:
-            await shielded(self._end_pools(pools, Deadline.after(0)), name="close-now")
+            await shielded(self._end_pools(Deadline.after(0)), name="close-now")
             raise
         finally:
             self._state = "closed"
             self._bus.close()
 
-    async def _end_pools(self, pools: list[RepoPool], deadline: Deadline) -> None:
+    async def _end_pools(self, deadline: Deadline) -> None:
+        await self._interruptions.interrupt()
         await self._tasks.cancel()
         await self._janitor.stop()
+        pools = list(self._pools.values())
 
         async def end(pool: RepoPool) -> None:
             await pool.close(deadline)
@@ -250,7 +293,10 @@ class PoolManager:
     async def _adopt(self, name: str) -> RepoPool:
         stored = await self._store.load_pool(name)
         options = PoolOptions.from_mapping(stored.options)
-        return self._register(stored, options, None, await self._established(options))
+        pool = self._register(stored, options, None, await self._established(options))
+        if stored.is_drained:
+            pool.retire()
+        return pool
 
     async def _established(self, options: PoolOptions) -> RunAs | None:
         """Find the user that a pool's lessees run as, where it names one; raises as `RunAs.establish`."""
@@ -264,9 +310,11 @@ class PoolManager:
         )
 
     async def _bring_up(self, name: str) -> None:
-        spec = self.config.pools[name]
+        spec = self.config.pools.get(name)
+        if spec is None:
+            return  # removed from the configuration meanwhile
         try:
-            await self._create(name, spec.repo_url, spec.options)
+            await self._create(name, spec.repo_url, spec.options, is_exact=self._source is not None)
         except (PoolManagerError, OSError) as error:
             self._bus.emit("pool.failed", {"repo_name": name, "error": str(error)})
             raise
@@ -281,12 +329,135 @@ class PoolManager:
             TimeoutError: they are not up in time. The first pool's error: it could not be brought up.
         """
         async with asyncio.timeout(timeout):
-            for task in list(self._starting.values()):
+            for task in [*self._starting.values(), *self._changing.values()]:
                 await asyncio.wait([task])
-                task.result()
+                if not task.cancelled():
+                    task.result()
+
+    # -- following the configuration file --------------------------------------------------------------------------
+
+    async def reload(self) -> ConfigChange:
+        """Read the configuration file again and take on what is different, without waiting for it to be noticed (8.3).
+
+        Pools that are new come up in the background (`wait_ready` waits for that), as do slots that are missing;
+        surplus slots go, those that are leased once they are back; options count from the next lease on. A pool that
+        is gone from the file is drained: its leases and slots stay, it gives no new leases, and it is back as soon as
+        the file has it again.
+
+        Returns:
+            What was different.
+
+        Raises:
+            ConfigError: the file is refused, and the configuration is what it was; or this manager was made without
+            one. ManagerClosedError: it is not open.
+        """
+        self._require_open()
+        if self._source is None:
+            raise ConfigError("this manager has no configuration file; from_config_file makes one that has")
+        async with self._reloading:
+            try:
+                config = await in_thread(PoolConfig.from_file, self._source)
+                await self._refuse_other_identity(config, self._source)
+            except ConfigError as error:
+                self._is_refused = True
+                fields = {"source": str(self._source), "line": error.line, "error": str(error)}
+                self._bus.emit("config.refused", fields)
+                raise
+            self._is_refused = False
+            change = self._take_on(config)
+        fields = {"source": str(self._source), **attrs.asdict(change)}
+        self._bus.emit("config.applied", fields)
+        return change
+
+    async def _file_changed(self) -> None:
+        """Reload, unless the file says what is in force already; refusals have been told as events."""
+        if self._source is None or self._state != "open":
+            return
+        try:
+            if not self._is_refused and await in_thread(PoolConfig.from_file, self._source) == self.config:
+                return
+        except ConfigError:
+            pass  # reload refuses it, and says so
+        try:
+            await self.reload()
+        except ConfigError:
+            return
+        except (PoolManagerError, OSError) as error:
+            self._bus.emit("config.refused", {"source": str(self._source), "line": None, "error": str(error)})
+
+    async def _refuse_other_identity(self, config: PoolConfig, source: Path) -> None:
+        """Refuse what no running manager can take on: another directory, or another repository under a pool's name."""
+        if config.workspaces_dir != self.config.workspaces_dir:
+            text = f"cannot change while a manager is open (it is {self.config.workspaces_dir}); restart"
+            raise await in_thread(refusal_in, source, ("workspaces_dir",), text)
+        for name, spec in config.pools.items():
+            stored = await self._stored(name)
+            try:
+                url, _ = split_credentials(validate_url(spec.repo_url, config.allow_protocols))
+            except RepositoryUrlError as error:
+                raise await in_thread(refusal_in, source, ("pools", name, "repo_url"), str(error)) from None
+            if stored is not None and stored.repo_url != url:
+                text = f"{name} is already the pool of {stored.repo_url}; choose another name, or delete_pool first"
+                raise await in_thread(refusal_in, source, ("pools", name, "repo_url"), text)
+
+    def _take_on(self, config: PoolConfig) -> ConfigChange:
+        """Begin to make a configuration true. No suspension: it is in force as a whole or not at all."""
+        change = compare(self.config, config)
+        self.config = config
+        self._janitor.interval_seconds = config.janitor_interval
+        for name in change.removed:
+            if name in self._pools:
+                self._pools[name].retire()
+            self._change(name, self._drain_removed, is_over=True)
+        for name in change.added:
+            if name in self._pools:
+                self._change(name, self._bring_up)
+            else:
+                work = self._after(self._changing_now(name), name, self._bring_up)
+                self._starting[name] = self._tasks.spawn(work, name=f"start-{name}")
+        for name in change.changed:
+            self._change(name, self._bring_up)
+        return change
+
+    def _change(self, name: str, work: Callable[[str], Awaitable[None]], *, is_over: bool = False) -> None:
+        """Do something to a pool after what is being done to it now, which is interrupted where it `is_over`."""
+        earlier = self._changing_now(name)
+        for task in earlier if is_over else []:
+            task.cancel()
+        self._changing[name] = self._tasks.spawn(self._after(earlier, name, work), name=f"change-{name}")
+
+    def _changing_now(self, name: str) -> list[asyncio.Task[None]]:
+        tasks = (self._changing.get(name), self._starting.get(name))
+        return [task for task in tasks if task is not None and not task.done()]
+
+    async def _after(
+        self, earlier: list[asyncio.Task[None]], name: str, work: Callable[[str], Awaitable[None]]
+    ) -> None:
+        try:
+            if earlier:
+                await asyncio.wait(earlier)
+        except asyncio.CancelledError:
+            for task in earlier:
+                task.cancel()
+            await asyncio.wait(earlier)
+            raise
+        await work(name)
+
+    async def _drain_removed(self, name: str) -> None:
+        """Have whoever opens the directory next know that a pool gives no leases."""
+        self._starting.pop(name, None)
+        async with self._locks.acquire_slot_lock(f"pool-{name}", timeout=None):
+            stored = await self._stored(name)
+            if stored is None:
+                return  # it had never come up
+            await self._store.save_pool(attrs.evolve(stored, is_drained=True))
+        if name in self._pools:
+            self._pools[name].retire()
+        self._bus.emit("pool.drained", {"repo_name": name})
 
     # -- pools ---------------------------------------------------------------------------------------------------
 
+    @_ended_by_closing
     async def create_pool(
         self, repo_name: str, repo_url: str, *, num_slots: int | None = None, **options: Any
     ) -> RepoPool:
@@ -312,7 +483,7 @@ class PoolManager:
         given = options if num_slots is None else {**options, "num_slots": num_slots}
         return await self._create(repo_name, repo_url, self.config.options_for(None, **given))
 
-    async def _create(self, repo_name: str, repo_url: str, options: PoolOptions) -> RepoPool:
+    async def _create(self, repo_name: str, repo_url: str, options: PoolOptions, *, is_exact: bool = False) -> RepoPool:
         name = validate_repo_name(repo_name)
         _refuse_too_many_slots(name, options.num_slots)
         url, credentials = split_credentials(validate_url(repo_url, self.config.allow_protocols))
@@ -326,13 +497,19 @@ class PoolManager:
             _refuse_change(stored, options)
             pool = self._pools.get(name)
             record = stored or Pool(repo_name=name, repo_url=url, num_slots=options.num_slots, created_at=now())
-            record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed())
+            record = attrs.evolve(record, num_slots=options.num_slots, options=options.changed(), is_drained=False)
             if pool is None:
                 pool = self._register(record, options, credentials, await self._established(options))
             else:
-                pool.reconfigure(record, options)
                 self._offer(name, credentials)
+                if not READ_AT_USE.issuperset(changed_options(pool.options, options)):
+                    self._register(record, options, None, await self._established(options))
+                pool.reconfigure(record, options)
+                pool.reinstate()
+            pool.keeper.keep_all()
             await self._fill(pool, record, is_new=stored is None)
+            if is_exact:
+                await pool.keeper.shrink_to(record.num_slots)
         self._bus.emit("pool.ready", {"repo_name": name})
         return pool
 
@@ -361,10 +538,11 @@ class PoolManager:
     def _register(
         self, record: Pool, options: PoolOptions, credentials: Credentials | None, run_as: RunAs | None
     ) -> RepoPool:
-        """Assemble a pool's components."""
+        """Assemble a pool's components, for one that is open already as well."""
         name = record.repo_name
         environment = self._environments.setdefault(name, {})
-        environment.update(self._environment(credentials))
+        if name not in self._pools:
+            environment.update(self._environment(credentials))
         runner = GitRunner(
             self._host,
             environment=environment,
@@ -429,6 +607,10 @@ class PoolManager:
                 workspace=workspace,
             ),
         )
+        present = self._pools.get(name)
+        if present is not None:
+            present.use(parts)
+            return present
         pool = self._pools[name] = RepoPool(record, options, parts)
         return pool
 
@@ -453,7 +635,8 @@ class PoolManager:
         starting = self._starting.get(name)
         if starting is not None:
             await asyncio.wait([starting])
-            if not starting.cancelled() and starting.exception() is not None and name not in self._pools:
+            is_wanted = name in self.config.pools and name not in self._pools
+            if is_wanted and not starting.cancelled() and starting.exception() is not None:
                 self._starting[name] = self._tasks.spawn(self._bring_up(name), name=f"start-{name}")
                 starting.result()
         if name not in self._pools and await self._stored(name) is not None:
@@ -470,6 +653,7 @@ class PoolManager:
         self._require_open()
         return sorted({*self._pools, *await self._store.list_pools()})
 
+    @_ended_by_closing
     async def delete_pool(self, name: str, force: bool = False) -> None:
         """Delete a pool: slots, mirror, history.
 
@@ -484,6 +668,7 @@ class PoolManager:
             await shielded(pool.delete(force=force), name=f"delete-{name}")
             self._pools.pop(name, None)
             self._starting.pop(name, None)
+            self._changing.pop(name, None)
         self._bus.emit("pool.deleted", {"repo_name": name})
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -647,6 +832,7 @@ class PoolManager:
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
+    @_ended_by_closing
     async def add_slot(self, repo_name: str) -> Slot:
         """Add a slot to a live pool (7.1, 7.2); raises as `create_pool` does."""
         pool = await self.get_pool(repo_name)
@@ -654,6 +840,7 @@ class PoolManager:
         await self._remember_size(pool)
         return slot
 
+    @_ended_by_closing
     async def remove_slot(self, slot_id: str) -> None:
         """Delete a slot, directory and all (7.3 to 7.5).
 
@@ -664,6 +851,7 @@ class PoolManager:
         await pool.keeper.remove_slot(slot_id)
         await self._remember_size(pool)
 
+    @_ended_by_closing
     async def resize(self, repo_name: str, num_slots: int) -> None:
         """Grow or shrink a pool to a number of slots.
 
@@ -680,6 +868,7 @@ class PoolManager:
 
     async def _remember_size(self, pool: RepoPool) -> None:
         """Store how many slots there are meant to be from now on."""
+        pool.keeper.keep_all()
         stored = await self._store.load_pool(pool.name)
         count = len(await self._coordinator.list_slots(pool.name))
         options = attrs.evolve(pool.options, num_slots=max(count, 1))
@@ -687,10 +876,12 @@ class PoolManager:
         await self._store.save_pool(record)
         pool.reconfigure(record, options)
 
+    @_ended_by_closing
     async def repair_slot(self, slot_id: str) -> CleanupResult:
         """Make a quarantined or damaged slot anew (9.5); see `RepoPool.repair_slot`."""
         return await (await self._pool_of(slot_id)).keeper.repair_slot(slot_id)
 
+    @_ended_by_closing
     async def check(self, repo_name: str | None = None) -> dict[str, list[str]]:
         """Look at every inode of every AVAILABLE slot and every object of the mirrors, and repair what is damaged.
 
@@ -704,6 +895,7 @@ class PoolManager:
             found |= await pool.keeper.check()
         return found
 
+    @_ended_by_closing
     async def drain(self, repo_name: str | None = None) -> None:
         """Make the trees of all unleased slots anew."""
         for pool in await self._named(repo_name):
@@ -771,8 +963,16 @@ class PoolManager:
         """Iterate over what happens from now on, until the manager is closed."""
         return self._bus.listen()
 
-    async def recover(self) -> list[str]:
-        """Take over what dead processes left, wait until it is clean, and return the ids of the slots concerned."""
+    @_ended_by_closing
+    async def recover(self) -> SweepReport:
+        """Run the janitor once, wait until what it began is done, and return what it did.
+
+        It takes over what dead processes left, ends leases older than `max_lease_seconds`, repairs quarantined slots,
+        erases the signatures of dead lock holders, deletes abandoned temporary files, and keeps to `disk_limit`.
+
+        Returns:
+            The ids of the slots taken over, a list, with attributes for all else.
+        """
         self._require_open()
         recovered = await self._janitor.sweep()
         await self.wait_clean()

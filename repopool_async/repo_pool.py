@@ -15,7 +15,8 @@ from typing import Any, Final, NoReturn
 
 import attrs
 
-from repopool_async._aio import Deadline, shielded
+from repopool_async import origins
+from repopool_async._aio import Deadline, Interruptions, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import boot_id, new_lease_id
@@ -27,6 +28,7 @@ from repopool_async.exceptions import (
     ManagerClosedError,
     PoolInUseError,
     PoolManagerError,
+    PoolNotFoundError,
     PoolTimeoutError,
     SlotAllocationError,
     SlotInUseError,
@@ -35,7 +37,9 @@ from repopool_async.exceptions import (
     TooManyRequestsError,
 )
 from repopool_async.lease import LeasedSlot
+from repopool_async.mirror import Mirror
 from repopool_async.models import Lease, LeaseEnd, Pool, PoolSummary, ResolvedRef, Slot, SlotState
+from repopool_async.origins import Origin
 from repopool_async.salvage import Salvage
 from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing, passing_told
 from repopool_async.wait_queue import WaitQueue
@@ -63,6 +67,8 @@ class _Open:
     grant: Grant
     leased: LeasedSlot
     started: float
+    origin: Origin
+    is_leak_told: bool = False
 
 
 class RepoPool:
@@ -77,6 +83,10 @@ class RepoPool:
         self._open: dict[str, _Open] = {}
         self.keeper: Final = SlotKeeper(pool.repo_name, pool.repo_url, options, parts, on_change=self._changed.set)
         self._is_closing = False
+        self._is_retired = False
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._attempts = Interruptions()
+        self._former: list[Mirror] = []
 
     @property
     def name(self) -> str:
@@ -312,10 +322,11 @@ class RepoPool:
         self._refuse_if_closing()
         wanted = ref if ref is not None else self.options.default_ref
         attempt = _Attempt(wanted, new_branch, metadata, priority, timeout, waits_for_cleaning, ttl)
+        attempt.origin = origins.here(is_whole=self.options.leak_warning is not None)
         self._parts.allocator.record_request(self.name)
         try:
             with passing_told(self.name):
-                async with attempt.deadline.limit():
+                async with self._attempts.allowed(attempt.deadline.remaining(), _closed(self.name)):
                     return await self._try(attempt)
         except PoolTimeoutError:
             self._parts.allocator.record_timeout(self.name)
@@ -358,7 +369,7 @@ class RepoPool:
 
     async def _claim_in_turn(self, attempt: "_Attempt", resolved: ResolvedRef) -> Grant:
         self._refuse_if_too_many()
-        async with self._queue.turn(attempt.priority):
+        async with self._noted_as_waiting(), self._queue.turn(attempt.priority):
             grant = await self._claim(attempt, resolved)
             if grant is not None:
                 return grant
@@ -407,6 +418,7 @@ class RepoPool:
                 f"{self.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
                 repo_name=self.name,
             )
+        self._tell_deadlock(attempt, slots)
         # A cleaning may have ended since the claim found nothing: then the next claim will find it.
         is_cleaning = any(slot.state in (SlotState.CLEANING, SlotState.AVAILABLE) for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self.keeper.returning)):
@@ -438,9 +450,9 @@ class RepoPool:
         self._parts.emit(
             "slot.allocated", {"slot_id": grant.slot.slot_id, "lease_id": lease.lease_id, "wait_seconds": waited}
         )
-        return self._opened(grant)
+        return self._opened(grant, attempt.origin)
 
-    def _opened(self, grant: Grant) -> _Open:
+    def _opened(self, grant: Grant, origin: Origin) -> _Open:
         async def renew(ttl: float | None) -> Lease:
             return await self._parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
@@ -453,7 +465,7 @@ class RepoPool:
             renew=renew,
             inherited=None if run_as is None else run_as.environment(grant.slot),
         )
-        opened = _Open(grant, leased, boottime())
+        opened = _Open(grant, leased, boottime(), origin)
         self._open[grant.lease.lease_id] = opened
         return opened
 
@@ -469,13 +481,15 @@ class RepoPool:
 
     async def _timed_out(self, attempt: "_Attempt", slots: list[Slot] | None = None) -> PoolTimeoutError:
         slots = slots if slots is not None else await self._parts.coordinator.list_slots(self.name)
-        holders = tuple(describe_holder(slot) for slot in slots)
+        holders = tuple(self._describe_holder(slot) for slot in slots)
+        deadlock = self._deadlock(slots) if attempt.phase == "queue" else ""
         waited = "at once" if attempt.timeout == 0 else f"within {attempt.timeout:g} s"
         what = {
             "queue": "no slot became free; raise the timeout or num_slots, or return slots sooner",
             "fetch": "the remote had not answered; raise the timeout or check the network",
             "checkout": "the check-out was not finished; raise the timeout",
         }[attempt.phase]
+        what = deadlock or what
         listing = "".join(f"\n  {line}" for line in holders)
         return PoolTimeoutError(
             f"{self.name}: no lease {waited}: {what}{listing}",
@@ -483,11 +497,99 @@ class RepoPool:
             timeout_seconds=attempt.timeout,
             phase=attempt.phase,
             holders=holders,
+            is_self_wait=bool(deadlock),
         )
+
+    # -- who waits for whom ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _noted_as_waiting(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        if task is None or task in self._waiting:
+            yield
+            return
+        self._waiting.add(task)
+        try:
+            yield
+        finally:
+            self._waiting.discard(task)
+
+    def _describe_holder(self, slot: Slot) -> str:
+        """Say in one line who has a slot, and of a lease of this process where it was taken."""
+        line = describe_holder(slot)
+        opened = self._open.get(slot.lease.lease_id) if slot.lease is not None else None
+        if opened is None or slot.state is not SlotState.ALLOCATED:
+            return line
+        return f"{line}, {boottime() - opened.started:.1f} s ago {opened.origin}"
+
+    def _deadlock(self, slots: list[Slot]) -> str:
+        """Say why waiting is in vain, where the waiting task holds a slot or the holders of all slots wait too."""
+        mine = [opened for opened in self._open.values() if opened.origin.is_of(asyncio.current_task())]
+        if mine:
+            held = ", ".join(f"{opened.leased.slot_id} (taken at {opened.origin.where})" for opened in mine)
+            return (
+                f"this task already holds {held}: it waits for itself; give that back first, take both at once in "
+                f"another pool, or raise num_slots"
+            )
+        if self._do_all_holders_wait(slots):
+            return (
+                "every slot is held by a task that itself waits for another slot of this pool: they wait for each "
+                "other; let each take one slot, or raise num_slots"
+            )
+        return ""
+
+    def _do_all_holders_wait(self, slots: list[Slot]) -> bool:
+        opened = [self._open.get(slot.lease.lease_id) for slot in slots if slot.lease is not None]
+        return len(opened) == len(slots) > 0 and all(
+            one is not None and any(one.origin.is_of(task) for task in self._waiting) for one in opened
+        )
+
+    def _tell_deadlock(self, attempt: "_Attempt", slots: list[Slot]) -> None:
+        """Tell at once of a wait that no time-out ends."""
+        if attempt.timeout is not None or attempt.is_deadlock_told:
+            return
+        deadlock = self._deadlock(slots) if self._do_all_holders_wait(slots) else ""
+        if deadlock:
+            attempt.is_deadlock_told = True
+            self._parts.emit("lease.deadlock", {"repo_name": self.name, "reason": deadlock})
+
+    async def check_ages(self) -> None:
+        """Tell of leases older than `leak_warning`, and end those older than `max_lease_seconds`."""
+        for opened in list(self._open.values()):
+            age = boottime() - opened.started
+            warning, longest = self.options.leak_warning, self.options.max_lease_seconds
+            if warning is not None and age >= warning and not opened.is_leak_told:
+                opened.is_leak_told = True
+                self._tell_leak(opened, age)
+            if longest is not None and age >= longest and not opened.leased.lost.is_set():
+                await self.expire(opened.grant.slot)
+
+    def _tell_leak(self, opened: _Open, age: float) -> None:
+        stack = opened.origin.formatted_stack()
+        slot_id, lease_id = opened.leased.slot_id, opened.leased.lease_id
+        ended = "; that task has ended" if opened.origin.has_ended else ""
+        _log.warning(
+            "%s: lease %s is %.0f s old; it was taken %s%s:\n%s", slot_id, lease_id, age, opened.origin, ended, stack
+        )
+        fields = {"slot_id": slot_id, "lease_id": lease_id, "seconds": age, "task": opened.origin.task_name}
+        self._parts.emit("lease.leak", {**fields, "where": opened.origin.where, "stack": stack})
+
+    async def expire(self, slot: Slot) -> bool:
+        """Take a lease away that has lasted too long, whoever has it, and recover its slot; False where it has ended.
+
+        Its processes are ended before the slot is cleaned, and a lessee of this process finds `lost` set.
+        """
+        if slot.lease is None or not await self._parts.coordinator.expire(slot.slot_id, slot.lease.token):
+            return False
+        await self.notice_lost_leases()
+        await self.keeper.recover()
+        return True
 
     def _refuse_if_closing(self) -> None:
         if self._is_closing:
             raise _closed(self.name)
+        if self._is_retired:
+            raise _retired(self.name)
 
     def _refuse_if_too_many(self) -> None:
         bound = self.options.max_waiting
@@ -506,6 +608,24 @@ class RepoPool:
         )
 
     # -- telling and changing --------------------------------------------------------------------------------------
+
+    def use(self, parts: Components) -> None:
+        """Work with other components from now on; leases and cleanings under way keep what they began with."""
+        self._former.append(self._parts.mirror)
+        self._parts = parts
+        self.keeper.use(parts)
+
+    def retire(self) -> None:
+        """Give no more leases, to nobody who waits either; leases under way go on, and slots stay."""
+        self._is_retired = True
+        self._queue.refuse(_retired(self.name))
+        self._changed.set()
+
+    def reinstate(self) -> None:
+        """Give leases again after `retire`."""
+        if self._is_retired and not self._is_closing:
+            self._is_retired = False
+            self._queue.accept()
 
     def reconfigure(self, record: Pool, options: PoolOptions) -> None:
         """Take on other options; leases under way keep what they began with."""
@@ -542,7 +662,7 @@ class RepoPool:
             "leased": len(self._open),
             "returning": len(self.keeper.returning),
             "waiting": len(self._queue),
-            "fetches": self._parts.mirror.fetch_count,
+            "fetches": sum(mirror.fetch_count for mirror in (*self._former, self._parts.mirror)),
         }
 
     # -- ending --------------------------------------------------------------------------------------------------
@@ -550,6 +670,7 @@ class RepoPool:
     def refuse(self) -> None:
         """Fail all waiters at once and let nobody queue any more."""
         self._is_closing = True
+        self._attempts.begin()
         self._queue.refuse(_closed(self.name))
         self._changed.set()
 
@@ -560,6 +681,7 @@ class RepoPool:
         ALLOCATED without a lock, which whoever opens the directory next recovers. Detached leases go on.
         """
         self.refuse()
+        await self._attempts.interrupt()
         try:
             async with deadline.limit():
                 while self._bound() or self.keeper.returning:
@@ -575,7 +697,8 @@ class RepoPool:
         await self.keeper.stop()
         for opened in list(self._open.values()):
             await self._cut_off(opened)
-        await self._parts.mirror.aclose()
+        for mirror in (*self._former, self._parts.mirror):
+            await mirror.aclose()
 
     def _bound(self) -> list[_Open]:
         """Return the leases that end with this process, as far as they still stand."""
@@ -634,6 +757,8 @@ class _Attempt:
     timeout: float | None
     waits_for_cleaning: bool
     ttl: float | None
+    origin: Origin = attrs.field(init=False)
+    is_deadlock_told: bool = False
     phase: str = "fetch"
     started: float = attrs.field(factory=boottime)
     deadline: Deadline = attrs.field(init=False)
@@ -654,3 +779,11 @@ def _is_expired(slot: Slot) -> bool:
     if slot.state is not SlotState.ALLOCATED or lease is None or lease.expires_boottime is None:
         return False
     return lease.owner.boot_id != boot_id() or lease.expires_boottime <= boottime()
+
+
+def _retired(name: str) -> PoolNotFoundError:
+    return PoolNotFoundError(
+        f"{name}: was removed from the configuration, so no slot of it is leased any more; put it back there, or call "
+        f"create_pool; delete_pool deletes it",
+        repo_name=name,
+    )

@@ -97,12 +97,17 @@ class SlotKeeper:
         self._returning: dict[str, asyncio.Task[None]] = {}
         self._holds: dict[str, Hold] = {}
         self._unclean: list[tuple[Hold, Slot]] = []
+        self._target: int | None = None
         self._tasks = TaskSet(f"pool-{repo_name}", on_error=self._task_failed)
 
     @property
     def returning(self) -> Mapping[str, "asyncio.Task[None]"]:
         """The slots this process is cleaning, by id."""
         return self._returning
+
+    def use(self, parts: Components) -> None:
+        """Work with other components from now on; what is under way ends with those it began with."""
+        self._parts = parts
 
     async def wait_clean(self) -> None:
         """Wait until no slot is being cleaned by this process."""
@@ -126,6 +131,9 @@ class SlotKeeper:
 
     def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
         """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
+        if self._target is not None:
+            self.clean_later(hold, slot)  # it may be one that goes
+            return
         self._holds[slot.slot_id] = hold
         self._unclean.append((hold, slot))
 
@@ -148,6 +156,9 @@ class SlotKeeper:
                 slot, work = await self._save_work(hold, slot, work)
                 async with asyncio.timeout(self.options.cleanup_timeout):
                     result: CleanupResult = await work(await self._standing(slot))
+            if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
+                await self._remove_held(hold)
+                return
             assert result.seal is not None
             await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
@@ -258,6 +269,47 @@ class SlotKeeper:
         for slot in free_first[: max(0, len(slots) - num_slots)]:
             await self.remove_slot(slot.slot_id)
         await together(*[self.add_slot for _ in range(num_slots - len(slots))])
+
+    async def shrink_to(self, num_slots: int) -> None:
+        """Remove the slots beyond the first `num_slots`; those that are busy go when they come back.
+
+        Which ones these are follows from their numbers alone, so several processes may do this at once.
+        """
+        self._target = num_slots
+        await self.trim()
+
+    def keep_all(self) -> None:
+        """Let the slots stay that `shrink_to` has not removed yet."""
+        self._target = None
+
+    @property
+    def is_shrinking(self) -> bool:
+        """Whether slots that `shrink_to` shall remove are still there."""
+        return self._target is not None
+
+    async def trim(self) -> list[str]:
+        """Remove those of the slots that `shrink_to` left because they were busy and that are not any more."""
+        removed = []
+        for slot_id in await self._surplus():
+            with suppress(SlotNotFoundError):  # another process was faster
+                hold = await self._parts.coordinator.take(
+                    slot_id, states=frozenset(SlotState) - {SlotState.ALLOCATED}, becomes=SlotState.CLEANING
+                )
+                if hold is not None:
+                    await self._remove_held(hold)
+                    removed.append(slot_id)
+        await self._surplus()  # which notes when none is left
+        return removed
+
+    async def _surplus(self) -> list[str]:
+        if not self.is_shrinking:
+            return []
+        slots = await self._parts.coordinator.list_slots(self._name)
+        target = self._target  # only now: it may have changed meanwhile
+        surplus = [slot.slot_id for slot in slots[target:]] if target is not None else []
+        if not surplus:
+            self._target = None
+        return surplus
 
     async def check(self) -> dict[str, list[str]]:
         """Verify the mirror and every AVAILABLE slot by looking at all of it, and repair what something is wrong with.
@@ -370,6 +422,10 @@ class SlotKeeper:
             except BaseException:
                 await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
                 raise
+        await self._remove_held(hold)
+
+    async def _remove_held(self, hold: Hold) -> None:
+        slot_id = hold.slot.slot_id
         await shielded(self._unmake(hold, hold.slot), name=f"remove-{slot_id}")
         self._parts.emit("slot.removed", {"slot_id": slot_id})
         self._on_change()
@@ -381,6 +437,29 @@ class SlotKeeper:
             SlotInUseError: it is leased. CleanupError: it is beyond repair and stays quarantined.
         """
         return await self._repair(await self._hold(slot_id))
+
+    async def repair_later(self, slot_id: str) -> bool:
+        """Begin to repair a quarantined slot in the background; False where it is not quarantined or busy."""
+        hold = await self._parts.coordinator.take(slot_id, states={SlotState.ERROR}, becomes=SlotState.CLEANING)
+        if hold is None:
+            return False
+        slot = attrs.evolve(hold.slot, error=None)
+        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.repair_slot(slot, checkout))
+        return True
+
+    async def drop_quarantined_trees(self) -> list[str]:
+        """Delete the trees of quarantined slots, which a repair makes anew; return the slots' ids."""
+        dropped = []
+        for slot in await self._parts.coordinator.list_slots(self._name):
+            hold = await self._parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
+            if hold is None:
+                continue
+            try:
+                await self._parts.host.remove_tree(slot.path)
+                dropped.append(slot.slot_id)
+            finally:
+                await shielded(self._parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")
+        return dropped
 
     async def _repair(self, hold: Hold) -> CleanupResult:
         outcome: list[CleanupResult] = []

@@ -57,6 +57,10 @@ class WaitQueue:
                 place.turn.set_exception(error)
         self._places.clear()
 
+    def accept(self) -> None:
+        """Let everybody queue again after `refuse`."""
+        self._refusal = None
+
     async def _arrive(self, priority: int) -> None:
         if self._refusal is not None:
             raise self._refusal

@@ -891,6 +891,7 @@ class TestSpecsAndDescriptions:
             "max_git_processes",
             "janitor_interval",
             "allow_protocols",
+            "watch",
         ]
 
     def test_git_processes_are_limited_to_twice_the_cores_unless_said_otherwise(self) -> None:

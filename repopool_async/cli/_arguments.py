@@ -64,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("remove", "delete a slot that is not leased").add_argument("slot_id", metavar="SLOT_ID")
     add("repair", "make a damaged or quarantined slot anew").add_argument("slot_id", metavar="SLOT_ID")
     add("recover", "take over what dead processes left, and clean it")
+    doctor = _adder(verbs, "_doctor")("doctor", "tell what is wrong in the workspaces directory, and mend it")
+    doctor.add_argument("--fix", action="store_true", help="mend what can be mended")
     delete = add("delete", "delete a pool: its slots, mirror and history")
     delete.add_argument("pool", metavar="POOL")
     delete.add_argument("--force", action="store_true", help="even where slots are leased; their leases are lost")

@@ -60,7 +60,7 @@ async def status(arguments: Namespace, _: Interruption) -> int:
     """Print the pools."""
     config = configuration(arguments)
     store = SlotStore(config.workspaces_dir)
-    views = await _look(store, arguments.pool)
+    views = await look(store, arguments.pool)
     if arguments.json:
         print(json.dumps(_as_json(store.workspaces_directory, views), indent=2, ensure_ascii=False))
     elif not views:
@@ -70,7 +70,8 @@ async def status(arguments: Namespace, _: Interruption) -> int:
     return 0
 
 
-async def _look(store: SlotStore, only: str | None) -> list[_PoolView]:
+async def look(store: SlotStore, only: str | None) -> list[_PoolView]:
+    """Return the pools of a directory, or the one that is named, as they are now; changes nothing."""
     names = await store.list_pools()
     if only is not None and only not in names:
         known = ", ".join(names) or "there are none"

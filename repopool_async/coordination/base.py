@@ -197,6 +197,12 @@ class Coordinator(Protocol):
         quarantined slot stays so, and one that nobody holds as it is.
         """
 
+    async def expire(self, slot_id: str, token: int) -> bool:
+        """Take away the lease that has this token, because it has lasted too long; False where it has ended.
+
+        As `force_unlock`: the slot becomes an orphan with a higher token, and the holder's next step fails.
+        """
+
     # Records
 
     async def list_slots(self, repo_name: str) -> list[Slot]:

@@ -158,6 +158,10 @@ class FileCoordinator:
         """See `Coordinator.force_unlock`."""
         return await self._do(lambda: self._ledger.force_unlock(slot_id))
 
+    async def expire(self, slot_id: str, token: int) -> bool:
+        """See `Coordinator.expire`."""
+        return await self._do(lambda: self._ledger.expire(slot_id, token))
+
     # Records
 
     async def list_slots(self, repo_name: str) -> list[Slot]:

@@ -216,6 +216,18 @@ class Ledger:
         self._announce("lease.forced", slot)
         return slot
 
+    def expire(self, slot_id: str, token: int) -> bool:
+        """Take away one certain lease."""
+        with self._record(slot_id) as stored:
+            if stored.state is not SlotState.ALLOCATED or stored.token != token:
+                return False
+            held_seconds = self._held_seconds(stored)
+            slot = self._write(attrs.evolve(_after_use(stored, held_seconds, LeaseEnd.EXPIRED), token=token + 1))
+            self._locks.replace_sync(slot_id)
+        self._remember("expired", slot, held_seconds=held_seconds)
+        self._announce("lease.expired", slot)
+        return True
+
     # Records
 
     def list_slots(self, repo_name: str) -> list[Slot]:
