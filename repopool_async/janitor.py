@@ -18,6 +18,7 @@ from repopool_async.exceptions import LockTimeoutError, PoolManagerError
 from repopool_async.hosts.base import Host
 from repopool_async.housekeeping import LeftOver, left_overs, remove
 from repopool_async.lock_manager import LockManager
+from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState, StaleLock
 from repopool_async.repo_pool import RepoPool
 from repopool_async.slot_store import SlotStore
@@ -141,7 +142,7 @@ class Janitor:
         return report
 
     async def _do_chores(self, report: SweepReport, *, is_asked: bool) -> None:
-        report.stale_locks = await self._locks.cleanup_stale_locks()
+        report.stale_locks = await self._locks.cleanup_stale_locks(spared_prefix=MIRROR_LOCKS)
         for pool in list(self._pools()):
             try:
                 await pool.keeper.tidy_salvage()

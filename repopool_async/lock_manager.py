@@ -251,9 +251,15 @@ class LockManager:
         """
         return await in_thread(self._stale_locks, older_than_hours, False)
 
-    async def cleanup_stale_locks(self, *, older_than_hours: float | None = None) -> list[StaleLock]:
-        """Erase the signatures that `detect_stale_locks` finds and return them (9.4)."""
-        return await in_thread(self._stale_locks, older_than_hours, True)
+    async def cleanup_stale_locks(
+        self, *, older_than_hours: float | None = None, spared_prefix: str | None = None
+    ) -> list[StaleLock]:
+        """Erase the signatures that `detect_stale_locks` finds and return them (9.4).
+
+        Args:
+            spared_prefix: locks whose names begin so keep theirs, because their next holder must know (`was_left`).
+        """
+        return await in_thread(self._stale_locks, older_than_hours, True, spared_prefix)
 
     # Inside
 
@@ -320,12 +326,14 @@ class LockManager:
                 self.replace_sync(slot_id)
         return is_locked
 
-    def _stale_locks(self, older_than_hours: float | None, is_erased: bool) -> list[StaleLock]:
+    def _stale_locks(
+        self, older_than_hours: float | None, is_erased: bool, spared_prefix: str | None = None
+    ) -> list[StaleLock]:
         found = []
         with _translated(self._directory, None):
             for name in sorted(_names_in(self._directory)):
                 match = _LOCK_NAME.fullmatch(name)
-                if match is not None:
+                if match is not None and not (spared_prefix and match["id"].startswith(spared_prefix)):
                     stale = _stale_lock(match["id"], f"{self._directory}/{name}")
                     if stale is not None and _is_older(stale, older_than_hours):
                         found.append(stale)

@@ -45,6 +45,9 @@ _log: Final = logging.getLogger("repopool")
 
 _HEADS: Final = "+refs/heads/*:refs/heads/*"
 _TAGS: Final = "+refs/tags/*:refs/tags/*"
+MIRROR_LOCKS: Final = "mirror-"
+"""How the names of mirrors' locks begin; who takes one after a dead holder puts right what that left."""
+
 _COLLECT_SECONDS: Final = 0.025
 _SNAPSHOT_LIMIT: Final = 512 * 1024 * 1024
 _SNAPSHOTS_KEPT: Final = 8
@@ -135,7 +138,7 @@ class Mirror:
         self._built_at = _LONG_AGO
         self._known_remotes: dict[str, str] = {}
         self.fetch_count = 0
-        self._lock_id = lock_id or f"mirror-{repo_name}"
+        self._lock_id = lock_id or f"{MIRROR_LOCKS}{repo_name}"
         self._trash = trash or f"{path.rpartition('/')[0]}/trash"
         self._submodules: dict[tuple[str, bool], Mirror] = {}
 
