@@ -81,6 +81,7 @@ class RepoPool:
         self._queue = WaitQueue()
         self._changed = asyncio.Event()
         self._open: dict[str, _Open] = {}
+        self._giving = 0
         self.keeper: Final = SlotKeeper(pool.repo_name, pool.repo_url, options, parts, on_change=self._changed.set)
         self._is_closing = False
         self._is_retired = False
@@ -189,7 +190,12 @@ class RepoPool:
         Raises:
             LeaseLostError: it had been taken away; nothing of the slot was touched.
         """
-        await shielded(self._give_back(leased, inline=inline), name=f"return-{leased.slot_id}")
+        self._giving += 1  # closing waits: between lease and cleaning the slot is in neither list
+        try:
+            await shielded(self._give_back(leased, inline=inline), name=f"return-{leased.slot_id}")
+        finally:
+            self._giving -= 1
+            self._changed.set()
 
     async def _give_back(self, leased: LeasedSlot, *, inline: bool) -> None:
         opened = self._open.pop(leased.lease_id, None)
@@ -684,7 +690,7 @@ class RepoPool:
         await self._attempts.interrupt()
         try:
             async with deadline.limit():
-                while self._bound() or self.keeper.returning:
+                while self._bound() or self._giving or self.keeper.returning:
                     self._changed.clear()
                     await self._changed.wait() if not self.keeper.returning else await self.keeper.wait_clean()
         except TimeoutError:
