@@ -1,6 +1,7 @@
 """What tests of every floor share: git that depends on nobody's configuration, and repositories to clone from."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -70,12 +71,12 @@ def make_commit() -> MakeCommit:
     return _commit
 
 
-@pytest.fixture
-def origin(tmp_path: Path) -> Path:
-    """A small bare repository: branches `main` and `feature/x`, annotated tag `v1.0`, lightweight tag `light`."""
-    repository = tmp_path / "origin.git"
+@pytest.fixture(scope="session")
+def origin_template(tmp_path_factory: pytest.TempPathFactory, _git_environment: None) -> Path:
+    """What `origin` is a copy of: making it takes a dozen processes, copying it none."""
+    repository = tmp_path_factory.mktemp("template") / "origin.git"
     repository.mkdir()
-    _git(repository, "init", "--quiet", "--bare", "--initial-branch=main")
+    _git(repository, "init", "--quiet", "--bare", "--template=", "--initial-branch=main")
     first = _commit(repository, "main", MAIN_FILES)
     _git(repository, "tag", "-a", "-m", "First release", "v1.0", first)
     second = _commit(repository, "main", {"CHANGES.md": b"Nothing yet.\n"})
@@ -83,3 +84,9 @@ def origin(tmp_path: Path) -> Path:
     _git(repository, "branch", "feature/x", second)
     _commit(repository, "feature/x", {"src/feature.py": b"X = 1\n", "src/data/table.csv": None})
     return repository
+
+
+@pytest.fixture
+def origin(tmp_path: Path, origin_template: Path) -> Path:
+    """A small bare repository: branches `main` and `feature/x`, annotated tag `v1.0`, lightweight tag `light`."""
+    return shutil.copytree(origin_template, tmp_path / "origin.git")
