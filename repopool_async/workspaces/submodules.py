@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Final
+from typing import Final, Self
 
 import attrs
 
@@ -36,7 +36,9 @@ from repopool_async.hosts.base import (
     WriteFile,
 )
 from repopool_async.mirror import Mirror
-from repopool_async.models import GitResult
+from repopool_async.models import GitResult, Slot
+from repopool_async.workspaces.nul_lists import split_names
+from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodule_plan import Plan, PlanReader, Submodule
 
 _PLANS_KEPT: Final = 64
@@ -53,6 +55,12 @@ class Place:
     tree: str
     pristine: str
     trash: str
+
+    @classmethod
+    def of(cls, slot: Slot, tree: str | None = None) -> Self:
+        """Return a slot's; `tree` where another than its own is meant."""
+        paths = SlotPaths(slot.path)
+        return cls(slot.slot_id, tree or slot.path, paths.pristine, paths.trash)
 
     def git(self, submodule: Submodule) -> str:
         """Return the trusted git directory of a submodule."""
@@ -171,7 +179,7 @@ class Submodules:
                 found.append(f"missing: {submodule.path}")
                 return
             listing = await self._run(place, submodule, "diff-files", "-z", "--name-only", "--ignore-submodules=all")
-            found.extend(f"modified: {submodule.path}/{name}" for name in _names(listing.stdout))
+            found.extend(f"modified: {submodule.path}/{name}" for name in split_names(listing.stdout))
             found.extend(f"untracked: {name}" for name in await self._untracked(place, submodule))
             if await self._host.read_bytes(f"{place.tree}/{submodule.gitfile}", limit=65536) != _gitfile(submodule):
                 found.append(f"modified: {submodule.gitfile}")
@@ -245,7 +253,7 @@ class Submodules:
                 options = ("-r", "-z", "--name-only", "--no-renames")
                 listing = await self._read(submodule, "diff-tree", *options, known.commit, submodule.commit)
             names |= {submodule.path, submodule.gitfile}
-            names |= {f"{submodule.path}/{name}" for name in _names(listing.stdout)}
+            names |= {f"{submodule.path}/{name}" for name in split_names(listing.stdout)}
         return names
 
     async def discard(self, place: Place) -> None:
@@ -298,7 +306,7 @@ class Submodules:
 
     async def _untracked(self, place: Place, submodule: Submodule) -> list[str]:
         listing = await self._run(place, submodule, "ls-files", "-z", "--others", "--directory")
-        return [f"{submodule.path}/{name}".rstrip("/") for name in _names(listing.stdout)]
+        return [f"{submodule.path}/{name}".rstrip("/") for name in split_names(listing.stdout)]
 
     async def _git_directory(self, submodule: Submodule, plan: Plan) -> GitDirectory:
         mirror = self._mirrors[submodule.url]
@@ -359,7 +367,3 @@ def _upwards(path: str) -> str:
 def _keep_name(place: Place, submodule: Submodule) -> str:
     digest = hashlib.sha256(submodule.git_path.encode(errors="surrogateescape")).hexdigest()
     return f"{place.slot_id}.{digest[:12]}"
-
-
-def _names(data: bytes) -> list[str]:
-    return [name.decode(errors="surrogateescape") for name in data.split(b"\0") if name]

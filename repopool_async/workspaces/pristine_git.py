@@ -1,0 +1,81 @@
+"""The pool's own git directory of a slot: outside the tree, without refs or hooks, with an index kept between leases.
+
+All of the pool's git commands on a tree run with it, never with what lies in the tree. The objects it borrows are the
+mirror's, or the slot's own. Which commands are run, and when it is made anew, is decided by those who use it.
+"""
+
+from repopool_async._git import WORK_MARK, GitRunner
+from repopool_async.exceptions import CleanupError
+from repopool_async.git_directory import pristine_steps
+from repopool_async.hosts.base import Discard, Host
+from repopool_async.mirror import Mirror
+from repopool_async.models import GitResult, Slot
+from repopool_async.refs import RefsSnapshot
+from repopool_async.workspaces.own_objects import OwnObjects
+from repopool_async.workspaces.seals import Seals
+from repopool_async.workspaces.slot_paths import SlotPaths
+
+
+class PristineGit:
+    """The trusted git directories of a pool's slots.
+
+    Args:
+        own: the slots' own objects; None where they borrow the mirror's.
+    """
+
+    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, seals: Seals, own: OwnObjects | None) -> None:
+        self._host = host
+        self._git = git
+        self._mirror = mirror
+        self._seals = seals
+        self._own = own
+
+    async def run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
+        """Run git with a slot's trusted git directory, on `tree` where one is given."""
+        return await self._git.run(
+            *args,
+            git_dir=SlotPaths(slot.path).git,
+            work_tree=tree,
+            cwd=tree,
+            slot_id=slot.slot_id,
+            env={WORK_MARK: slot.path},
+        )
+
+    async def renew(self, slot: Slot) -> None:
+        """Make it from nothing, and forget all that was known of the tree."""
+        paths = SlotPaths(slot.path)
+        snapshot = await self._mirror.snapshot()
+        steps = pristine_steps(paths.git, alternates=self.objects(slot), object_format=snapshot.object_format)
+        await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
+
+    async def require_unchanged(self, slot: Slot) -> None:
+        """Refuse to go by a git directory of ours that somebody else wrote to since the seal.
+
+        Raises:
+            CleanupError: somebody did, or it cannot be read.
+        """
+        seal = slot.seal
+        if seal is None or await self._seals.trusted_mark(seal) is None:
+            return
+        git = SlotPaths(slot.path).git
+        try:
+            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns)
+            root = await self._host.stat(git)
+        except OSError as error:
+            raise CleanupError(f"{slot.slot_id}: {git} cannot be read: {error}", slot_id=slot.slot_id) from error
+        changed = [*inspection.changed, *inspection.special, *inspection.changed_directories]
+        if changed or root is None or root.ctime_ns >= seal.settled_ns:
+            changed.append(".")
+            raise CleanupError(
+                f"{slot.slot_id}: {git}/{changed[0]} was changed since the slot was sealed", slot_id=slot.slot_id
+            )
+
+    def objects(self, slot: Slot) -> str:
+        """Return the object directory that it borrows from."""
+        return self._mirror.objects if self._own is None else f"{self._own.path(slot)}/objects"
+
+    async def obtain(self, slot: Slot, commit: str) -> RefsSnapshot:
+        """Return the refs that the slot can show, having brought it what they lead to where it borrows nothing."""
+        if self._own is None:
+            return await self._mirror.snapshot()
+        return await self._own.bring_up_to_date(slot, commit, trash=SlotPaths(slot.path).trash)

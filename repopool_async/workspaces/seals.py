@@ -1,0 +1,119 @@
+"""Seals: the record that a slot was verified clean, what it proves, and when it proves nothing any more.
+
+A seal holds a mark on the file system's own clock: whatever changed since has a later change time, which no process can
+forge. What is made of that, and what lies in a tree, is not known here.
+"""
+
+from typing import Final
+
+import anyio
+
+from repopool_async._clock import wall_minus_boot_ns
+from repopool_async._identity import boot_id
+from repopool_async.exceptions import CleanupError
+from repopool_async.hosts.base import FileKind, FileStat, Host
+from repopool_async.mirror import Mirror
+from repopool_async.models import Seal, Slot
+from repopool_async.workspaces.base import Checkout
+from repopool_async.workspaces.slot_paths import SlotPaths
+from repopool_async.workspaces.submodules import Submodules
+
+_CLOCK_STEP_NS: Final = 5_000_000
+"""A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
+
+_TICK_SECONDS: Final = 0.002
+
+
+class Seals:
+    """Makes and judges the seals of a pool's slots."""
+
+    def __init__(self, *, host: Host, mirror: Mirror, submodules: Submodules) -> None:
+        self._host = host
+        self._mirror = mirror
+        self._submodules = submodules
+
+    async def make(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+        """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`."""
+        generation = await self.generation(checkout.commit)
+        previous = slot.seal
+        offset = wall_minus_boot_ns()
+        settled = mark = await self._mark(slot)
+        if keeps_mark and previous is not None:
+            mark, offset = previous.mark_ns, previous.clock_offset_ns
+        root = await self.root(slot)
+        return Seal(
+            commit=checkout.commit,
+            branch=checkout.branch,
+            refs_generation=generation,
+            boot_id=boot_id(),
+            mark_ns=mark,
+            settled_ns=settled,
+            clock_offset_ns=offset,
+            tree_device=root.device,
+            tree_inode=root.inode,
+            mirror_build=(await self._mirror.snapshot()).build,
+        )
+
+    async def checked(self, slot: Slot) -> Seal:
+        """Return the seal of a slot that still is what was sealed, as far as a few looks can tell.
+
+        Raises:
+            CleanupError: it is not.
+        """
+        root = await self.root(slot)
+        if slot.seal is None or slot.seal.boot_id != boot_id() or not is_same_tree(root, slot.seal):
+            raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
+        if slot.seal.mirror_build != (await self._mirror.snapshot()).build:
+            raise CleanupError(f"{slot.slot_id}: was made of a mirror that was damaged since", slot_id=slot.slot_id)
+        if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
+            raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
+        if not self.is_made_as_wanted(slot.seal):
+            raise CleanupError(f"{slot.slot_id}: was made with another option `submodules`", slot_id=slot.slot_id)
+        return slot.seal
+
+    async def trusted_mark(self, seal: Seal | None) -> int | None:
+        """Return the seal's mark, None where file times prove nothing.
+
+        That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
+        """
+        if seal is None or seal.boot_id != boot_id() or seal.mirror_build != (await self._mirror.snapshot()).build:
+            return None
+        moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
+        return seal.mark_ns if moved < _CLOCK_STEP_NS else None
+
+    async def generation(self, commit: str) -> str:
+        """Return which refs a slot shows that is made now, those of submodules included."""
+        snapshot = await self._mirror.snapshot()
+        return await self._submodules.generation(await self._submodules.plan(commit), snapshot.generation)
+
+    def is_made_as_wanted(self, seal: Seal | None) -> bool:
+        """Return whether a slot was made by the options that hold now."""
+        return seal is not None and self._submodules.has_made(seal.refs_generation)
+
+    async def root(self, slot: Slot) -> FileStat:
+        """Return what the tree's directory is.
+
+        Raises:
+            CleanupError: there is none.
+        """
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY:
+            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} is gone", slot_id=slot.slot_id)
+        return root
+
+    async def _mark(self, slot: Slot) -> int:
+        """Return a time on the file system's clock after which every change of the tree shows.
+
+        That clock ticks every few milliseconds: a mark within the tick of our own last write could not tell that write
+        from a lessee's first.
+        """
+        paths = SlotPaths(slot.path)
+        first = await self._host.file_system_clock_ns(paths.pristine)
+        while (mark := await self._host.file_system_clock_ns(paths.pristine)) <= first:  # noqa: ASYNC110 - a clock
+            await anyio.sleep(_TICK_SECONDS)
+        return mark
+
+
+def is_same_tree(root: FileStat, seal: Seal | None) -> bool:
+    """Return whether that is the very directory that was sealed."""
+    return seal is not None and (root.device, root.inode) == (seal.tree_device, seal.tree_inode)

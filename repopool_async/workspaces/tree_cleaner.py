@@ -1,0 +1,137 @@
+"""Finding and removing what a tree that a lessee had differs in from what it shall show.
+
+Nothing in the tree is believed or run: what the host found by change times is checked out anew, what the pool's index
+does not know goes into the trash, and afterwards both are compared once more. Git directories are not its business, nor
+is the decision how little to trust.
+"""
+
+from collections.abc import Collection
+
+from repopool_async._aio import together
+from repopool_async.exceptions import CleanupError
+from repopool_async.hosts.base import Host, TreeInspection
+from repopool_async.models import Slot
+from repopool_async.workspaces.base import Checkout, Work
+from repopool_async.workspaces.nul_lists import split_names
+from repopool_async.workspaces.pristine_git import PristineGit
+from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
+from repopool_async.workspaces.submodules import Place, Submodules
+from repopool_async.workspaces.tree_writer import TreeWriter
+
+
+class TreeCleaner:
+    """Cleans the trees of a pool's slots in place."""
+
+    def __init__(self, *, host: Host, pristine: PristineGit, submodules: Submodules, writer: TreeWriter) -> None:
+        self._host = host
+        self._pristine = pristine
+        self._submodules = submodules
+        self._writer = writer
+
+    async def switch_untouched(self, slot: Slot, checkout: Checkout) -> Work:
+        """Bring a tree that nobody changed since its seal to another commit.
+
+        Raises:
+            CleanupError: it is not clean afterwards.
+        """
+        assert slot.seal is not None
+        if slot.seal.commit == checkout.commit:
+            return Work(steps=("untouched",), warm=True)
+        await self._writer.check_out(slot, checkout, is_untouched=True)
+        await self.require_clean(slot, tree=slot.path)
+        return Work(steps=("untouched", "checked out"))
+
+    async def clean(self, slot: Slot, checkout: Checkout, inspection: TreeInspection) -> Work:
+        """Bring a tree to `checkout`, whatever was done to it.
+
+        Args:
+            inspection: what one look at the tree found.
+
+        Raises:
+            CleanupError: it is not clean afterwards, or cannot be cleaned in place.
+        """
+        if inspection.mounts:
+            raise CleanupError(
+                f"{slot.slot_id}: a file system is mounted at {inspection.mounts[0]!r} in the tree; unmount it, then "
+                f"repair_slot",
+                slot_id=slot.slot_id,
+            )
+        if "." in inspection.irregular:
+            raise CleanupError(
+                f"{slot.slot_id}: mode, owner or attributes of the tree {slot.path} itself were changed",
+                slot_id=slot.slot_id,
+            )
+        trash = SlotPaths(slot.path).trash
+        # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
+        suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot)]
+        removed = await self._host.remove_entries(slot.path, suspects, trash=trash)
+        # Whole directories next, so that the time to available does not depend on what a lessee left in them.
+        untracked = await self._untracked(slot, tree=slot.path)
+        removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
+        removed += await self._submodules.remove_untracked(Place.of(slot))
+        # A directory whose mode or attributes were changed is checked out anew as a whole.
+        restored = await self._host.remove_entries(slot.path, [*inspection.irregular, *inspection.changed], trash=trash)
+        await self._writer.check_out(slot, checkout)
+        await self.require_clean(slot, tree=slot.path)
+        return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
+
+    async def require_clean(self, slot: Slot, *, tree: str) -> None:
+        """Compare a tree with the pristine index.
+
+        Raises:
+            CleanupError: they differ.
+        """
+        problems = await self.differences(slot, tree=tree)
+        if problems:
+            shown = ", ".join(problems[:5])
+            raise CleanupError(f"{slot.slot_id}: not clean after cleaning: {shown}", slot_id=slot.slot_id)
+
+    async def differences(self, slot: Slot, *, tree: str) -> list[str]:
+        """Return what differs between the tree and the pristine index, both ways."""
+        found: list[str] = []
+
+        async def modified() -> None:
+            listing = await self._pristine.run(
+                slot, "diff-files", "-z", "--name-only", "--ignore-submodules=all", tree=tree
+            )
+            found.extend(f"modified: {name}" for name in split_names(listing.stdout))
+
+        async def untracked() -> None:
+            found.extend(f"untracked: {name}" for name in await self._untracked(slot, tree=tree))
+
+        await together(modified, untracked)
+        return found + await self._submodules.differences(Place.of(slot, tree))
+
+    async def _untracked(self, slot: Slot, *, tree: str) -> list[str]:
+        """List what the index does not know, ignored or not, directories as one entry."""
+        listing = await self._pristine.run(slot, "ls-files", "-z", "--others", "--directory", tree=tree)
+        return [name.rstrip("/") for name in split_names(listing.stdout)]
+
+    async def _gitlinks(self, slot: Slot) -> list[str]:
+        """Return the submodule places that are not empty and ought to be, of the commit the slot stands on.
+
+        Unless a submodule is checked out there nothing may lie in them, and git does not look there.
+        """
+        data = await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT)
+        filled = {submodule.path for submodule in await self._submodules.standing(Place.of(slot))}
+        names = [name for name in split_names(data or b"") if name not in filled]
+        return [name for name in names if await self._host.list_directory(f"{slot.path}/{name}")]
+
+
+def is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> bool:
+    """Return whether a look at a tree found nothing that somebody changed.
+
+    Args:
+        gitfiles: the `.git` of submodules, where those are as they shall be.
+    """
+    return not any(
+        (
+            inspection.changed,
+            inspection.changed_directories,
+            inspection.special,
+            set(inspection.repositories) != set(gitfiles),
+            inspection.unlocked,
+            inspection.mounts,
+            inspection.irregular,
+        )
+    )
