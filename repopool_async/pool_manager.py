@@ -22,8 +22,9 @@ from repopool_async._aio import Deadline, Interruptions, TaskSet, in_thread, shi
 from repopool_async._clock import boottime, now
 from repopool_async._git import GitRunner, base_environment, check_git_version, lessee_environment
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
-from repopool_async.config import PoolConfig, PoolOptions, refusal_in, validate_repo_name
+from repopool_async.config import PoolConfig, PoolOptions, refusal_in
 from repopool_async.config_changes import READ_AT_USE, ConfigChange, changed_options, compare
+from repopool_async.config_values import validate_repo_name
 from repopool_async.config_watcher import ConfigWatcher
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.events import Event, EventBus

@@ -19,7 +19,7 @@ from repopool_async import _files
 from repopool_async._aio import in_thread
 from repopool_async._clock import boottime, now
 from repopool_async._codec import CodecError, add_checksum, dumps, loads, remove_checksum
-from repopool_async.config import validate_repo_name, without_credentials
+from repopool_async.config_values import validate_repo_name, without_credentials
 from repopool_async.exceptions import ConfigError, PoolNotFoundError, SlotNotFoundError, StoreError
 from repopool_async.models import (
     AllocationRecord,

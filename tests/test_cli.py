@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import repopool_async
 from repopool_async.cli import ExitStatus
 from repopool_async.cli._run import is_url, normalised_url, pool_name
-from repopool_async.config import validate_repo_name
+from repopool_async.config_values import validate_repo_name
 
 PROGRAM = (sys.executable, "-m", "repopool_async.cli")
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -1,8 +1,6 @@
 """The configuration: what is read, what is refused, and that a refusal says where, what and nothing secret."""
 
-import contextlib
 import json
-import math
 import os
 import pickle
 import subprocess
@@ -15,18 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopool_async import config as config_module
-from repopool_async.config import (
-    UNSUPPORTED,
-    PoolConfig,
-    PoolOptions,
-    PoolSpec,
-    describe,
-    parse_duration,
-    parse_size,
-    validate_repo_name,
-    without_credentials,
-)
+from repopool_async.config import PoolConfig, PoolOptions, PoolSpec
+from repopool_async.config_fields import describe
 from repopool_async.exceptions import ConfigError
 
 EVERYTHING = """\
@@ -65,131 +53,7 @@ def pool_refusal(body: str) -> ConfigError:
     return refusal(f"pools:\n  web:\n    repo_url: /srv/web.git\n    {body}\n")
 
 
-@pytest.fixture
-def all_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the options of later versions through, to see that their checks stand ready."""
-    monkeypatch.setattr(config_module, "UNSUPPORTED", frozenset())
-
-
-class TestDurations:
-    @pytest.mark.parametrize(
-        ("given_value", "seconds"),
-        [
-            (0, 0.0),
-            (30, 30.0),
-            (0.25, 0.25),
-            (-0.0, 0.0),
-            ("30", 30.0),
-            ("0.5", 0.5),
-            ("500ms", 0.5),
-            ("30s", 30.0),
-            ("5m", 300.0),
-            ("1.1h", 3960.0),
-            ("7d", 604800.0),
-            ("1h30m", 5400.0),
-            (" 1 h 30 m ", 5400.0),
-            ("1d2h3m4s5ms", 93784.005),
-        ],
-    )
-    def test_are_read_with_and_without_units(self, given_value: object, seconds: float) -> None:
-        assert parse_duration(given_value) == seconds
-        assert math.copysign(1, parse_duration(given_value)) == 1
-
-    @pytest.mark.parametrize(
-        "wrong",
-        [
-            *(
-                "soon",
-                "",
-                " ",
-                "m",
-                "5 minutes",
-                "1m1h",
-                "1h1h",
-                "-5s",
-                "+5s",
-                "1:30",
-                "1e3",
-                "inf",
-                "nan",
-                ".5s",
-                "٣s",
-            ),
-            *("1" * 400 + "d", "1h" + " " * 10_000 + "x", -1, -0.001, math.inf, math.nan, 10**400),
-            *(True, None, [], {}, b"5s"),
-        ],
-    )
-    def test_that_are_none_are_refused_with_an_example(self, wrong: object) -> None:
-        with pytest.raises(ConfigError, match=r'^expected a duration such as 30, "30s" or "5m", found '):
-            parse_duration(wrong)
-
-    @settings(deadline=None)
-    @given(st.tuples(*[st.integers(0, 99_999)] * 5).filter(any), st.sampled_from(["", " "]))
-    def test_are_the_sum_of_their_parts(self, amounts: tuple[int, ...], space: str) -> None:
-        parts = list(zip(amounts, ("d", "h", "m", "s", "ms"), (86_400_000, 3_600_000, 60_000, 1000, 1), strict=True))
-        text = space.join(f"{amount}{space}{unit}" for amount, unit, _ in parts if amount)
-        assert parse_duration(text) == sum(amount * scale for amount, _, scale in parts) / 1000
-
-    @settings(deadline=None)
-    @given(st.floats(0, 1e9))
-    def test_read_back_what_they_were(self, seconds: float) -> None:
-        assert parse_duration(parse_duration(seconds)) == seconds
-        assert parse_duration(f"{seconds:.6f}s") == pytest.approx(seconds, abs=1e-6)
-
-
-class TestSizes:
-    @pytest.mark.parametrize(
-        ("given_value", "size"),
-        [
-            (0, 0),
-            (1024, 1024),
-            (1e9, 10**9),
-            ("12", 12),
-            ("12 B", 12),
-            ("500MB", 500_000_000),
-            ("500 mb", 500_000_000),
-            ("1.5GiB", 1_610_612_736),
-            ("1.5G", 1_610_612_736),
-            ("2k", 2048),
-            ("0.1KiB", 102),
-            ("3TB", 3 * 10**12),
-            ("9007199254740993", 9_007_199_254_740_993),
-        ],
-    )
-    def test_are_read_with_and_without_units(self, given_value: object, size: int) -> None:
-        assert parse_size(given_value) == size
-
-    @pytest.mark.parametrize(
-        "wrong", ["big", "", "MB", "5 megabytes", "-1", "1e9", "1,5GB", -1, 1.5, math.inf, math.nan, True, None, []]
-    )
-    def test_that_are_none_are_refused_with_an_example(self, wrong: object) -> None:
-        with pytest.raises(ConfigError, match=r'^expected a size such as 1048576, "500MB" or "1.5GiB", found '):
-            parse_size(wrong)
-
-    @settings(deadline=None)
-    @given(st.integers(0, 10**12), st.sampled_from("KMGT"))
-    def test_count_in_thousands_or_in_1024(self, amount: int, prefix: str) -> None:
-        power = "KMGT".index(prefix) + 1
-        assert parse_size(f"{amount}{prefix}B") == amount * 1000**power
-        assert parse_size(f"{amount}{prefix}iB") == parse_size(f"{amount}{prefix}") == amount * 1024**power
-
-
 class TestPoolNames:
-    @pytest.mark.parametrize("name", ["a", "django", "Web-2.0_x", "0", "a" * 100, "git", "a.git.b", "lock", "locks2"])
-    def test_that_are_fine_are_returned(self, name: str) -> None:
-        assert validate_repo_name(name) == name
-
-    @pytest.mark.parametrize(
-        "name",
-        [
-            *("", ".", "..", ".a", "-a", "_a", "a/b", "a b", "a\n", "a\0", "é", "a" * 101, "a.git", "a.GIT", "a.lock"),
-            *("locks", "Locks", 5, None, b"a"),
-        ],
-    )
-    def test_that_would_be_trouble_are_refused(self, name: object) -> None:
-        with pytest.raises(ConfigError, match="pool name"):
-            validate_repo_name(name)
-
     def test_are_checked_where_they_stand_in_the_file(self) -> None:
         error = refusal("pools:\n  web: {repo_url: /a}\n  a/b: {repo_url: /b}\n")
         assert (error.key, error.line) == ("pools.a/b", 3)
@@ -434,6 +298,21 @@ class TestRefusals:
         error = refusal(f"pools:\n  web:\n    repo_url: {url}\n")
         assert (error.key, error.line) == ("pools.web.repo_url", 3)
 
+    @settings(deadline=None)
+    @given(
+        st.from_regex(r"[a-z_]{1,40}", fullmatch=True).filter(
+            lambda key: key not in {info.name for info in describe(PoolOptions)} | {"cleanup_options", "repo_url"}
+        ),
+        st.lists(st.sampled_from(["num_slots: 2", "lock_timeout: 5s", "cleanup: inline"]), unique=True),
+        st.data(),
+    )
+    def test_of_any_unknown_key_name_it_and_its_line(self, key: str, others: list[str], data: st.DataObject) -> None:
+        place = data.draw(st.integers(0, len(others)))
+        body = ["repo_url: /srv/web", *others[:place], f"'{key}': x", *others[place:]]
+        error = refusal("pools:\n  web:\n" + "".join(f"    {text}\n" for text in body))
+        assert f'unknown key "{key}"' in str(error)
+        assert (error.key, error.line) == (f"pools.web.{key}", 4 + place)
+
     def test_name_the_range_for_an_override_and_in_the_constructor_too(self) -> None:
         words = "num_slots: expected a whole number from 1 to 10000, found 0"
         with pytest.raises(ConfigError) as caught:
@@ -444,116 +323,7 @@ class TestRefusals:
         assert (str(caught.value), caught.value.key) == (words, "num_slots")
 
 
-class TestBadFiles:
-    @pytest.mark.parametrize(
-        ("text", "line"),
-        [
-            ("a: [b\n", 2),
-            ("a: 1\n\tb: 2\n", 2),
-            ("a: 1\n b: 2\n", 2),
-            ("a: *nowhere\n", 1),
-            ("a: 1\n---\nb: 2\n", 2),
-            ("a: 1\nb: \x00\n", 2),
-            ('a: "open\n', 2),
-            ("a: \ud800\n", 1),
-        ],
-    )
-    def test_with_a_syntax_error_are_refused_with_the_line(self, text: str, line: int) -> None:
-        error = refusal(text)
-        assert str(error).startswith(f"pools.yaml:{line}: not valid YAML: ")
-        assert error.line == line
-
-    def test_with_an_escape_that_the_parser_trips_over_are_refused(self) -> None:
-        assert "not valid YAML" in str(refusal('a: "\\UFFFFFFFF"\n'))
-
-    @pytest.mark.parametrize(
-        "value",
-        ["!!python/object/apply:os.system [true]", "!!binary aGk=", "!!set {a}", "!mine x", "!!omap [a: 1]", "!!map x"],
-    )
-    def test_with_foreign_tags_are_refused_and_nothing_runs(self, value: str) -> None:
-        error = refusal(f"defaults:\n  default_ref: {value}\n")
-        assert "not allowed here" in str(error) or "expected" in str(error)
-        assert error.line == 2
-
-    def test_with_a_mapping_as_a_key_are_refused(self) -> None:
-        assert "expected plain text as a key" in str(refusal("? {a: b}\n: c\n"))
-
-    @pytest.mark.parametrize("shape", ["[{}]", "{{<<: [{}]}}"])
-    def test_that_explode_through_aliases_are_refused_soon(self, shape: str) -> None:
-        lines = ["a0: &a0 {k: v}"]
-        lines += [f"a{n}: &a{n} {shape.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, 30)]
-        assert "expected at most 200000 values" in str(refusal("\n".join(lines)))
-
-    @pytest.mark.parametrize(
-        "text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}", "a: " + "[" * 50_000, "- " * 50_000, "{a: " * 50_000]
-    )
-    def test_without_a_bottom_are_refused(self, text: str) -> None:
-        assert "nested too deeply" in str(refusal(text))
-
-    def test_that_are_not_utf8_are_refused_with_the_line(self, tmp_path: Path) -> None:
-        path = tmp_path / "pools.yaml"
-        path.write_bytes("# fine\npools: # caf\xe9\n".encode("latin-1"))
-        with pytest.raises(ConfigError, match="expected UTF-8 text, found the byte 0xe9") as caught:
-            PoolConfig.from_file(path)
-        assert (caught.value.line, caught.value.source) == (2, str(path))
-
-    def test_that_are_missing_or_directories_are_refused_by_name(self, tmp_path: Path) -> None:
-        for path in (tmp_path / "none.yaml", tmp_path):
-            with pytest.raises(ConfigError, match="cannot be read: ") as caught:
-                PoolConfig.from_file(path)
-            assert str(caught.value).startswith(f"{path}: ")
-            assert caught.value.source == str(path)
-        with pytest.raises(ConfigError, match="cannot be read: "):
-            PoolConfig.from_file("nul\0.yaml")
-
-    def test_that_are_far_too_long_are_refused_unread(self) -> None:
-        with pytest.raises(ConfigError, match="expected at most 1048576 bytes of text"):
-            PoolConfig.from_file("/dev/zero")
-
-    @settings(deadline=None)
-    @given(st.text(alphabet=st.sampled_from(list("ab:-[]{}&*<!|>'\"#?%@\\ \n\t,\x00é1.~")), max_size=60))
-    def test_of_any_text_are_read_or_refused_but_never_crash(self, text: str) -> None:
-        with contextlib.suppress(ConfigError):
-            PoolConfig.from_text(text)
-
-    @settings(deadline=None)
-    @given(
-        st.from_regex(r"[a-z_]{1,40}", fullmatch=True).filter(
-            lambda key: key not in {info.name for info in describe(PoolOptions)} | {"cleanup_options", "repo_url"}
-        ),
-        st.lists(st.sampled_from(["num_slots: 2", "lock_timeout: 5s", "cleanup: inline"]), unique=True),
-        st.data(),
-    )
-    def test_with_any_unknown_key_are_refused_naming_it_and_its_line(
-        self, key: str, others: list[str], data: st.DataObject
-    ) -> None:
-        place = data.draw(st.integers(0, len(others)))
-        body = ["repo_url: /srv/web", *others[:place], f"'{key}': x", *others[place:]]
-        error = refusal("pools:\n  web:\n" + "".join(f"    {text}\n" for text in body))
-        assert f'unknown key "{key}"' in str(error)
-        assert (error.key, error.line) == (f"pools.web.{key}", 4 + place)
-
-
 class TestCredentials:
-    @pytest.mark.parametrize(
-        ("url", "plain"),
-        [
-            ("https://host/x.git", "https://host/x.git"),
-            ("https://user:pass@host/x.git", "https://host/x.git"),
-            ("https://token@host:8443/x@y.git", "https://host:8443/x@y.git"),
-            ("https://a@b:c@host/x", "https://host/x"),
-            ("HTTPS://u:p@host", "HTTPS://host"),
-            ("ssh://git@host/x", "ssh://git@host/x"),
-            ("ssh://git:pass@host:22/x", "ssh://git@host:22/x"),
-            ("postgresql://me:pass@db/x", "postgresql://me@db/x"),
-            ("git@host:x.git", "git@host:x.git"),
-            ("/srv/x@y.git", "/srv/x@y.git"),
-            ("https://host?a@b", "https://host?a@b"),
-        ],
-    )
-    def test_are_taken_out_of_urls(self, url: str, plain: str) -> None:
-        assert without_credentials(url) == plain
-
     @pytest.mark.parametrize(
         "text",
         [
@@ -602,93 +372,6 @@ class TestCredentials:
         assert "hunter2" not in repr(spec)
         assert "hunter2" not in repr(PoolConfig("/srv", defaults=options, pools={"web": spec}))
         assert options.changed() == {"remotes": {"up": "https://host/up"}}
-
-
-SAMPLES: dict[str, Any] = {
-    "max_slots": 8,
-    "idle_seconds": "10m",
-    "max_lease_seconds": "1h",
-    "keep": ["node_modules"],
-    "setup": "npm ci",
-    "setup_key": ["package-lock.json"],
-    "salvage": "always",
-    "salvage_days": 3,
-    "salvage_limit": "5GB",
-    "disk_limit": "50GiB",
-    "isolation": "full",
-    "run_as": "nobody",
-    "submodules": True,
-    "lfs": True,
-    "sparse": ["src"],
-    "history": "blobless",
-    "rebuild_always": True,
-    "leak_warning": "5m",
-    "hosts": ["build1"],
-    "coordination": "postgresql://db/pools",
-    "webhooks": ["https://example.org/hook"],
-}
-
-
-class TestUnsupportedOptions:
-    def test_are_known_options_each_with_a_sample_here(self) -> None:
-        assert set(SAMPLES) >= UNSUPPORTED
-        assert set(PoolOptions().changed()) == set()
-        assert {info.name for info in describe(PoolOptions)} >= UNSUPPORTED
-
-    @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-    def test_are_refused_honestly_everywhere(self, name: str) -> None:
-        value = SAMPLES[name]
-        error = pool_refusal(f"{name}: {json.dumps(value)}")
-        assert str(error).startswith(f"pools.yaml:4: pools.web.{name}: this version does not support this option")
-        with pytest.raises(ConfigError, match="does not support"):
-            PoolConfig().options_for(None, **{name: value})
-        with pytest.raises(ConfigError, match="does not support"):
-            PoolOptions(**{name: value})
-
-    @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-    def test_may_be_set_to_what_they_are_anyway(self, name: str) -> None:
-        default = getattr(PoolOptions(), name)
-        assert PoolConfig.from_mapping({"defaults": {name: default}}).defaults == PoolOptions()
-
-    @pytest.mark.parametrize("name", sorted(SAMPLES))
-    def test_have_their_checks_ready(self, name: str, all_supported: None) -> None:
-        companions: dict[str, dict[str, Any]] = {"idle_seconds": {"max_slots": 8}, "setup_key": {"setup": ["true"]}}
-        options = PoolConfig().options_for(None, **{name: SAMPLES[name], **companions.get(name, {})})
-        assert name in options.changed()
-        assert PoolOptions.from_mapping(json.loads(json.dumps(options.changed()))) == options
-
-    @pytest.mark.parametrize(
-        ("key", "mapping"),
-        [
-            ("max_slots", {"num_slots": 5, "max_slots": 4}),
-            ("idle_seconds", {"idle_seconds": 5}),
-            ("setup_key", {"setup_key": ["a"]}),
-            ("setup", {"setup": "echo 'open"}),
-            ("setup", {"setup": ""}),
-            ("setup", {"setup": []}),
-            ("setup", {"setup": ["a", 1]}),
-            ("keep", {"keep": "node_modules"}),
-            ("keep[1]", {"keep": ["a", "../b"]}),
-            ("keep[0]", {"keep": ["/a"]}),
-            ("keep[0]", {"keep": [".git/x"]}),
-            ("keep[0]", {"keep": ["."]}),
-            ("keep[0]", {"keep": [""]}),
-            ("disk_limit", {"disk_limit": 0}),
-            ("salvage_limit", {"salvage_limit": "lots"}),
-            ("salvage", {"salvage": "sometimes"}),
-        ],
-    )
-    def test_refuse_what_means_nothing(self, key: str, mapping: dict[str, Any], all_supported: None) -> None:
-        with pytest.raises(ConfigError) as caught:
-            PoolOptions.from_mapping(mapping)
-        assert caught.value.key == key
-        assert str(caught.value).count(f"{key}: ") == 1
-
-    def test_split_a_command_without_a_shell(self, all_supported: None) -> None:
-        assert PoolOptions.from_mapping({"setup": "sh -c 'a; b' $HOME"}).setup == ("sh", "-c", "a; b", "$HOME")
-
-    def test_take_a_list_with_all_items_commented_out_as_empty(self) -> None:
-        assert PoolConfig.from_text("defaults:\n  keep:\n  #  - node_modules\n  remotes:\n").defaults == PoolOptions()
 
 
 class TestProtocols:
@@ -861,7 +544,7 @@ class TestOptions:
             PoolOptions.from_mapping(["num_slots"])  # type: ignore[arg-type]
 
 
-class TestSpecsAndDescriptions:
+class TestSpecs:
     @pytest.mark.parametrize(
         ("name", "url", "key"), [("a/b", "/x", "repo_name"), ("a", "", "repo_url"), ("a", "-x", "repo_url")]
     )
@@ -873,26 +556,6 @@ class TestSpecsAndDescriptions:
     def test_a_pool_under_another_name_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r'^pools\.b: expected the pool\'s own name, "a"$'):
             PoolConfig(pools={"b": PoolSpec("a", "/x")})
-
-    def test_every_option_is_described_once_with_words(self) -> None:
-        described = describe(PoolOptions)
-        assert [info.name for info in described] == [field.name for field in attrs.fields(PoolOptions)]
-        assert all(info.expected and info.help for info in described)
-        by_key = {info.key: info for info in described}
-        assert by_key["cleanup_options.warmup_enabled"].name == "warmup_enabled"
-        assert by_key["lfs"].is_supported is False
-        assert by_key["num_slots"].default == 1
-
-    def test_every_top_level_key_is_described(self) -> None:
-        assert [info.key for info in describe(PoolConfig)] == [
-            "workspaces_dir",
-            "allow_network_filesystem",
-            "close_timeout",
-            "max_git_processes",
-            "janitor_interval",
-            "allow_protocols",
-            "watch",
-        ]
 
     def test_git_processes_are_limited_to_twice_the_cores_unless_said_otherwise(self) -> None:
         assert PoolConfig().git_process_limit == 2 * (os.cpu_count() or 1)

@@ -9,7 +9,8 @@ import pytest
 
 import repopool_async
 from repopool_async.cli import ExitStatus
-from repopool_async.config import OptionInfo, PoolConfig, PoolOptions, describe
+from repopool_async.config import PoolConfig, PoolOptions
+from repopool_async.config_fields import OptionInfo, describe
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text()

@@ -165,7 +165,7 @@ def _count(text: str) -> int:
 
 
 def _timeout(text: str) -> float | None:
-    from repopool_async.config import parse_duration  # noqa: PLC0415 - slow to import
+    from repopool_async.config_values import parse_duration  # noqa: PLC0415 - slow to import
 
     if text.lower() == "none":
         return None

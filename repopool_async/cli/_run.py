@@ -19,7 +19,7 @@ import attrs
 from repopool_async.cli._arguments import ExitStatus
 from repopool_async.cli._common import configuration, only
 from repopool_async.cli._signals import Handler, Interruption
-from repopool_async.config import without_credentials
+from repopool_async.config_values import without_credentials
 from repopool_async.exceptions import LeaseLostError
 from repopool_async.hosts.base import HostProcess
 from repopool_async.lease import LeasedSlot
