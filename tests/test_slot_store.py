@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repopool_async import slot_store
 from repopool_async._clock import boottime
 from repopool_async._codec import dumps
 from repopool_async.exceptions import ConfigError, PoolManagerError, PoolNotFoundError, SlotNotFoundError, StoreError
@@ -38,7 +37,8 @@ from repopool_async.models import (
     SlotState,
     make_slot_id,
 )
-from repopool_async.slot_store import SlotStore
+from repopool_async.record_files import RECORD_LIMIT_BYTES
+from repopool_async.slot_store import LOG_ROTATE_BYTES, SlotStore
 
 NOBODY: Final = 65534
 PATIENTLY: Final = settings(deadline=None)
@@ -348,7 +348,7 @@ class TestSlots:
         assert await store.load_slot(ONE) == slot
 
     async def test_a_record_too_large_to_be_read_again_is_refused(self, store: SlotStore) -> None:
-        lease = Lease("lease-1", 1, OWNER, NOON, 12.5, metadata={"x": "y" * slot_store.RECORD_LIMIT_BYTES})
+        lease = Lease("lease-1", 1, OWNER, NOON, 12.5, metadata={"x": "y" * RECORD_LIMIT_BYTES})
         with pytest.raises(StoreError, match="metadata"):
             await store.save_slot(make_slot(store, lease=lease))
 
@@ -546,11 +546,11 @@ class TestLogs:
             store.append_history_sync(make_record(token=token, metadata={"x": "y" * 100_000}))
         kept = await store.history(ONE)
         assert [record.token for record in kept] == list(range(kept[0].token, 41))
-        assert sum(len(dumps(record)) for record in kept) + 110_000 >= slot_store.LOG_ROTATE_BYTES
+        assert sum(len(dumps(record)) for record in kept) + 110_000 >= LOG_ROTATE_BYTES
         assert [record.token for record in await store.history(ONE, limit=12)] == list(range(29, 41))
         sizes = {path.name: path.stat().st_size for path in Path(store.slot_directory(ONE)).iterdir()}
         assert sizes.keys() == {"slot.json", "history.jsonl", "history.jsonl.1"}
-        assert max(sizes.values()) <= slot_store.LOG_ROTATE_BYTES
+        assert max(sizes.values()) <= LOG_ROTATE_BYTES
 
     async def test_a_torn_or_foreign_line_costs_no_other(self, store: SlotStore) -> None:
         await store.save_slot(make_slot(store))
@@ -982,27 +982,6 @@ class TestCorruptPoolRecords:
         write_mirror(store, '[remote "origin"]\n\turl = https://me:secret@example.org/web.git\n')
         pool_path(store).touch()
         assert (await store.load_pool("web")).repo_url == URL
-
-    @pytest.mark.parametrize(
-        ("config", "url"),
-        [
-            ('[remote "origin"]\nurl=/srv/a b.git', "/srv/a b.git"),
-            ('[REMOTE "origin"]\n  URL = "/srv/a;b#c.git"  ; comment', "/srv/a;b#c.git"),
-            ('[remote "origin"]\n\turl = /srv/x.git # comment', "/srv/x.git"),
-            ('[remote "origin"] url = /srv/x.git\n', "/srv/x.git"),
-            ('[remote "origin"]\n\turl = "/srv/a\\"b\\\\c\\td.git"\n', '/srv/a"b\\c\td.git'),
-            ('[remote "other"]\n\turl = /no\n[remote "origin"]\n\tpushurl = /no\n\turl = /yes\n', "/yes"),
-            ('[remote "Origin"]\n\turl = /no\n', ""),
-            ('[remote "origin"]\n[branch "main"]\n\turl = /no\n', ""),
-            ("", ""),
-        ],
-    )
-    def test_the_configuration_is_read_as_git_reads_it(self, tmp_path: Path, config: str, url: str) -> None:
-        path = tmp_path / "config"
-        path.write_text(config)
-        assert slot_store._origin_url(str(path)) == url
-        said = subprocess.run(["git", "config", "-f", str(path), "remote.origin.url"], capture_output=True, check=False)
-        assert said.stdout.decode().removesuffix("\n") == url
 
 
 class TestTroubleWithTheDisk:
