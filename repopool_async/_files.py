@@ -1,11 +1,11 @@
-"""Files written whole or not at all, read without being trapped, and removed whatever they are.
+"""Files written whole or not at all, and read without being trapped.
 
 Synchronous helpers, each meant to run in one thread hop. Paths are text and may hold undecodable bytes as surrogates
-(`os.fsdecode`). What lies at a path may have been made by somebody hostile: no link is followed at the last component,
-no fifo is waited for, no other mount is entered. Nothing here knows what the files mean.
+(`os.fsdecode`). What lies at a path may have been made by somebody hostile: no link is followed at the last component
+and no fifo is waited for. Nothing here knows what the files mean; removing them is `_removal`'s business.
 """
 # Paths are text here: descriptors and directory descriptors are what this module is about, and pathlib has neither.
-# ruff: noqa: PTH101, PTH103, PTH104, PTH105, PTH106, PTH108, PTH118, PTH119, PTH120
+# ruff: noqa: PTH105, PTH108, PTH118, PTH120
 
 import errno
 import fcntl
@@ -25,9 +25,7 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O
 _OVERWRITE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _APPEND: Final = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK_BYTES: Final = 1024 * 1024
-_REMOVAL_PASSES: Final = 8
 _SETTLING_TRIES: Final = 1000
 
 
@@ -146,14 +144,15 @@ def is_temporary_name(name: str) -> bool:
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
-def _unique() -> str:
+def unique_name() -> str:
+    """Return text that no other thread, process or container makes."""
     # The pid alone collides between threads, pid and counter between containers that share a volume.
     return f"{os.getpid()}-{next(_counter)}-{os.urandom(8).hex()}"
 
 
 @contextmanager
 def _replacement(path: str, mode: int) -> Iterator[int]:
-    temporary = os.path.join(os.path.dirname(path), f".repopool-{_unique()}.tmp")
+    temporary = os.path.join(os.path.dirname(path), f".repopool-{unique_name()}.tmp")
     descriptor = os.open(temporary, _CREATE, mode)
     try:
         try:
@@ -276,317 +275,3 @@ def _require_regular(descriptor: int, path: str) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", path)
     return status
-
-
-# Removing
-
-
-def discard(path: str, trash: str) -> bool:
-    """Rename whatever is at `path` into the directory `trash`, which is made where it is missing.
-
-    Returns:
-        False where there is nothing at `path`.
-
-    Raises:
-        OSError: it could not be renamed: another file system (EXDEV), something mounted there (EBUSY), no permission.
-    """
-    return move_to_trash(path, trash) is not None
-
-
-def move_to_trash(path: str, trash: str) -> str | None:
-    """Do as `discard`, and return the entry's new path; None where there is nothing at `path`."""
-    entry = os.path.join(trash, _unique())
-    for attempt in itertools.count():
-        try:
-            os.rename(path, entry)
-        except FileNotFoundError:
-            if not os.path.lexists(path):
-                return None
-            if attempt > 1:
-                raise
-            os.makedirs(trash, exist_ok=True)
-        except PermissionError:
-            # A directory that changes its parent must itself be writable, because its `..` changes.
-            if attempt > 1 or not open_up(path):
-                raise
-        else:
-            break
-    return entry
-
-
-def remove_tree(path: str) -> None:
-    """Delete whatever is at `path`; what is absent is no error.
-
-    No link is followed, directories that forbid it are opened up, depth is not limited, and what is mounted inside is
-    neither entered nor removed. Everything that can go is gone also when this raises. Several processes may do so at
-    once.
-
-    Raises:
-        OSError: the first thing that could not be deleted (EBUSY where something is mounted).
-    """
-    path = path.rstrip("/") or "/"
-    mounts = mounts_below(path)
-    for attempt in itertools.count(1):
-        failure = _Removal(path, mounts).run()
-        if failure is None:
-            return
-        # Somebody added entries or moved directories meanwhile: look again.
-        if attempt == _REMOVAL_PASSES or failure.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ESTALE):
-            raise failure
-
-
-class _Removal:
-    """One pass of `remove_tree`: holds one descriptor at a time, so depth costs neither descriptors nor recursion."""
-
-    def __init__(self, path: str, mounts: frozenset[str]) -> None:
-        self._path = path
-        self._mounts = mounts
-        self._failure: OSError | None = None
-        self._descriptor = -1
-        self._names: list[str] = []
-        self._identities: list[tuple[int, int]] = []
-        self._pending: list[list[str]] = []
-
-    def run(self) -> OSError | None:
-        """Remove what can be removed; return the first failure."""
-        try:
-            mode = os.lstat(self._path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            if not stat.S_ISDIR(mode):
-                os.unlink(self._path)
-            elif self._path in self._mounts:
-                self._note(_busy())
-            else:
-                self._remove_directory()
-        except (FileNotFoundError, NotADirectoryError):
-            self._note(_stale())
-        except OSError as error:
-            self._note(error)
-        return self._failure
-
-    def _remove_directory(self) -> None:
-        try:
-            self._enter(_open_directory(self._path), self._path)
-            while self._pending[-1] or len(self._pending) > 1:
-                if self._pending[-1]:
-                    self._descend(self._pending[-1].pop())
-                else:
-                    self._ascend()
-        finally:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-        os.rmdir(self._path)
-
-    def _enter(self, descriptor: int, name: str) -> None:
-        """Make a directory the present one, and delete everything in it but the directories."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = descriptor
-        self._names.append(name)
-        self._identities.append(_identity(descriptor))
-        self._pending.append([])
-        try:
-            with os.scandir(descriptor) as entries:
-                listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        except FileNotFoundError:
-            return  # somebody else removed it meanwhile
-        except OSError as error:
-            self._note(error)
-            return
-        for entry_name, is_directory in listed:
-            if is_directory:
-                self._pending[-1].append(entry_name)
-            else:
-                self._unlink(entry_name)
-
-    def _unlink(self, name: str) -> None:
-        try:
-            os.unlink(name, dir_fd=self._descriptor)
-        except FileNotFoundError:
-            pass
-        except IsADirectoryError:
-            self._pending[-1].append(name)
-        except OSError as error:
-            self._note(error, name)
-
-    def _descend(self, name: str) -> None:
-        descriptor = -1
-        try:
-            if self._mounts and os.path.join(*self._names, name) in self._mounts:
-                raise _busy()
-            descriptor = _open_directory(name, self._descriptor)
-            if _identity(descriptor)[0] != self._identities[-1][0]:
-                raise _busy()
-            # Another user's directory may let us in and not out again.
-            os.close(os.open("..", _DIRECTORY, dir_fd=descriptor))
-        except FileNotFoundError:
-            pass
-        except NotADirectoryError:
-            self._unlink(name)
-        except OSError as error:
-            self._note(error, name)
-            if descriptor >= 0:
-                os.close(descriptor)
-        else:
-            self._enter(descriptor, name)
-
-    def _ascend(self) -> None:
-        parent = os.open("..", _DIRECTORY, dir_fd=self._descriptor)
-        os.close(self._descriptor)
-        self._descriptor = parent
-        name = self._names.pop()
-        self._identities.pop()
-        self._pending.pop()
-        if _identity(parent) != self._identities[-1]:
-            # The directory was moved while we were in it: nothing outside the tree may be touched.
-            raise _stale()
-        try:
-            os.rmdir(name, dir_fd=parent)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self._note(error, name)
-
-    def _note(self, error: OSError, name: str = "") -> None:
-        """Remember the first failure, with the whole path of what it is about."""
-        if self._failure is None:
-            path = os.path.join(*(self._names or [self._path]), name).rstrip("/")
-            self._failure = OSError(error.errno, error.strerror, path)
-
-
-def _busy() -> OSError:
-    return OSError(errno.EBUSY, "Another file system is mounted there")
-
-
-def _stale() -> OSError:
-    return OSError(errno.ESTALE, "It was moved or replaced while it was being removed")
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
-
-
-def _open_directory(name: str, parent: int | None = None) -> int:
-    """Open a directory, with every right its owner can give himself."""
-    try:
-        descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
-    except PermissionError:
-        if not open_up(name, parent):
-            raise
-        return os.open(name, _DIRECTORY, dir_fd=parent)
-    _grant_owner(descriptor, os.fstat(descriptor).st_mode)
-    return descriptor
-
-
-def open_up(name: str, parent: int | None = None) -> bool:
-    """Give a directory's owner the right to read, change and enter it; a link is not followed.
-
-    Args:
-        name: its path, relative to the directory `parent` (a descriptor) where one is given.
-
-    Returns:
-        Whether that changed anything: False where it is no directory, has the rights already, or is another user's.
-    """
-    if not hasattr(os, "O_PATH"):
-        return _open_up_by_name(name, parent)
-    try:
-        descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except OSError:
-        return False
-    try:
-        # Such a descriptor refuses fchmod; its entry in /proc leads to the very inode, never through a link.
-        return _grant_owner(descriptor, os.fstat(descriptor).st_mode, f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def _open_up_by_name(name: str, parent: int | None) -> bool:
-    with suppress(OSError, NotImplementedError):
-        mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode) and mode & stat.S_IRWXU != stat.S_IRWXU:
-            os.chmod(name, stat.S_IMODE(mode) | stat.S_IRWXU, dir_fd=parent, follow_symlinks=False)
-            return True
-    return False
-
-
-def _grant_owner(descriptor: int, mode: int, where: str | None = None) -> bool:
-    if mode & stat.S_IRWXU == stat.S_IRWXU:
-        return False
-    with suppress(OSError):
-        os.chmod(where or descriptor, stat.S_IMODE(mode) | stat.S_IRWXU)
-        return True
-    return False
-
-
-# Mounts
-
-_NETWORK_TYPE: Final = r"""
-    9p | acfs | afp | afs | beegfs | ceph | cifs | coda | davfs2? | exafs | gfs2? | glusterfs | gpfs | hdfs | lustre |
-    ncpfs | nfs[34]? | ocfs2 | orangefs | pvfs2 | smb[23]? | smbfs | vboxsf | virtiofs | webdav |
-    fuse\.( afp | afs | beegfs | blobfuse2? | ceph(-fuse)? | cifs | curlftpfs | davfs2? | gcsfuse | glusterfs | goofys |
-    hdfs | juicefs | lizardfs | mfs | moosefs | mount-s3 | nfs | rclone | s3fs | seaweedfs | smbnetfs | sshfs )
-"""
-
-
-def is_network_file_system(path: str) -> bool:
-    """Return whether `path`, or where it would be, lies on a network file system; False where nobody can say."""
-    kind = file_system_type(path)
-    return kind is not None and re.fullmatch(_NETWORK_TYPE, kind, re.VERBOSE) is not None
-
-
-def file_system_type(path: str) -> str | None:
-    """Return the name of the file system that `path` lies on, or would; None where nobody can say."""
-    return _file_system_type(os.path.realpath(path), _mounts())
-
-
-def _file_system_type(path: str, mounts: list[tuple[str, str]]) -> str | None:
-    """Return the type of the mount that `path` lies on: the longest mount point, of several there the last."""
-    found, length = None, 0
-    for point, kind in mounts:
-        if len(point) >= length and _is_within(path, point):
-            found, length = kind, len(point)
-    return found
-
-
-def _is_within(path: str, point: str) -> bool:
-    return path == point or path.startswith(point if point.endswith("/") else point + "/")
-
-
-def mounts_below(path: str) -> frozenset[str]:
-    """Return the mount points at or below `path`, as this path spells them."""
-    points = [point for point, _ in _mounts()]
-    parent = os.path.dirname(path)
-    real = os.path.join(os.path.realpath(parent or "."), os.path.basename(path))
-    return frozenset(path + point[len(real) :] for point in points if _is_within(point, real))
-
-
-def _mounts() -> list[tuple[str, str]]:
-    """Return mount points and file system types, in the order they were mounted; empty where there is no /proc."""
-    try:
-        descriptor = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return []
-    try:
-        chunks = iter(lambda: os.read(descriptor, _CHUNK_BYTES), b"")
-        return _parse_mounts(b"".join(chunks))
-    finally:
-        os.close(descriptor)
-
-
-def _parse_mounts(text: bytes) -> list[tuple[str, str]]:
-    mounts = []
-    for line in text.splitlines():
-        # id parent device root POINT options [optional fields] - TYPE source options
-        front, _, back = line.partition(b" - ")
-        fields = front.split(b" ")
-        if len(fields) > 4 and back:
-            mounts.append((os.fsdecode(_unescape(fields[4])), os.fsdecode(back.split(b" ")[0])))
-    return mounts
-
-
-def _unescape(field: bytes) -> bytes:
-    # The kernel writes space, tab, newline and backslash as three octal digits.
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field) if b"\\" in field else field

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
-from repopool_async import _files
+from repopool_async import _mounts
 from repopool_async._aio import Deadline, in_thread
 
 _log: Final = logging.getLogger("repopool")
@@ -144,4 +144,4 @@ def _places(path: str) -> _Places:
 def _watchable(path: str) -> _Places:
     """Return the directories to watch; none where others can change the file without this machine's kernel knowing."""
     places = _places(path)
-    return () if any(_files.is_network_file_system(directory) for directory, _, _ in places) else places
+    return () if any(_mounts.is_network_file_system(directory) for directory, _, _ in places) else places

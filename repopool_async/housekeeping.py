@@ -16,7 +16,7 @@ from typing import Final
 
 import attrs
 
-from repopool_async import _files
+from repopool_async import _files, _removal
 from repopool_async.models import make_slot_id
 
 TEMPORARY_SECONDS: Final = 3600.0
@@ -57,7 +57,7 @@ def left_overs(root: str, repo_name: str) -> list[LeftOver]:
 
 def remove(left_over: LeftOver) -> None:
     """Delete it, whatever it is; what is gone already is no error. Raises OSError as `remove_tree`."""
-    _files.remove_tree(left_over.path)
+    _removal.remove_tree(left_over.path)
 
 
 def total_size(path: str) -> int:

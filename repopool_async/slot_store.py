@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from repopool_async import _files
+from repopool_async import _files, _removal
 from repopool_async._aio import in_thread
 from repopool_async._codec import CodecError, dumps, loads
 from repopool_async.exceptions import ConfigError, SlotNotFoundError
@@ -184,14 +184,14 @@ class SlotStore(StoreLayout):
         with translated(directory, "delete", repo_name=repo_name):
             is_linked = Path(directory).is_symlink() and self._is_pool(repo_name)
             elsewhere = Path(directory).resolve() if is_linked else None
-            entry = _files.move_to_trash(directory, trash)
+            entry = _removal.move_to_trash(directory, trash)
             if entry is None:
                 raise no_pool(repo_name, self._root)
-            _files.remove_tree(entry)
+            _removal.remove_tree(entry)
             if elsewhere is not None:
-                _files.remove_tree(str(elsewhere))
+                _removal.remove_tree(str(elsewhere))
         with suppress(OSError):  # what killed deletions left there
-            _files.remove_tree(trash)
+            _removal.remove_tree(trash)
 
     def save_slot_sync(self, slot: Slot) -> None:
         """Do as `save_slot`."""
@@ -234,10 +234,10 @@ class SlotStore(StoreLayout):
         """Do as `delete_slot`."""
         directory = self.slot_directory(slot_id)
         with translated(directory, "delete", slot_id=slot_id):
-            entry = _files.move_to_trash(directory, self.trash_path(parse_id(slot_id)[0]))
+            entry = _removal.move_to_trash(directory, self.trash_path(parse_id(slot_id)[0]))
             if entry is None:
                 raise no_slot(slot_id)
-            _files.remove_tree(entry)
+            _removal.remove_tree(entry)
 
     def append_history_sync(self, record: AllocationRecord) -> None:
         """Do as `append_history`."""
@@ -283,7 +283,7 @@ class SlotStore(StoreLayout):
             try:
                 return act()
             except PermissionError:
-                if not _files.open_up(self.slot_directory(slot_id)):
+                if not _removal.open_up(self.slot_directory(slot_id)):
                     raise
                 return act()
         except (FileNotFoundError, NotADirectoryError) as error:

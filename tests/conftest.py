@@ -3,10 +3,13 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from tests._forks import NOBODY
 
 GIT_ENVIRONMENT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
@@ -90,3 +93,14 @@ def origin_template(tmp_path_factory: pytest.TempPathFactory, _git_environment: 
 def origin(tmp_path: Path, origin_template: Path) -> Path:
     """A small bare repository: branches `main` and `feature/x`, annotated tag `v1.0`, lightweight tag `light`."""
     return shutil.copytree(origin_template, tmp_path / "origin.git")
+
+
+@pytest.fixture
+def open_tmp() -> Iterator[Path]:
+    """A directory that an ordinary user owns and can reach, unlike `tmp_path` of a test run by root."""
+    directory = Path(tempfile.mkdtemp(prefix="repopool-test-"))
+    if os.geteuid() == 0:
+        os.chown(directory, NOBODY, NOBODY)
+    yield directory
+    subprocess.run(["chmod", "-R", "u+rwx", str(directory)], check=True, capture_output=True)
+    shutil.rmtree(directory)

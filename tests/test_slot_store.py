@@ -1122,9 +1122,9 @@ class TestKilledProcesses:
     async def test_a_process_killed_while_deleting_leaves_no_slot_behind(self, store: SlotStore) -> None:
         code = (
             "import os, sys\n"
-            "from repopool_async import _files\n"
+            "from repopool_async import _removal\n"
             "from repopool_async.slot_store import SlotStore\n"
-            "_files.remove_tree = lambda path: os._exit(9)\n"
+            "_removal.remove_tree = lambda path: os._exit(9)\n"
             "SlotStore(sys.argv[1]).delete_slot_sync('workspace-web-slot1')\n"
         )
         await store.save_slot(make_slot(store))

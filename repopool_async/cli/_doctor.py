@@ -13,8 +13,8 @@ import attrs
 
 from repopool_async._aio import in_thread
 from repopool_async._clock import now
-from repopool_async._files import file_system_type
 from repopool_async._git import check_git_version
+from repopool_async._mounts import file_system_type
 from repopool_async.cli import _status
 from repopool_async.cli._common import configuration, on_one_line, only
 from repopool_async.cli._signals import Handler, Interruption

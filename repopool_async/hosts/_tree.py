@@ -2,7 +2,7 @@
 
 Synchronous; for one thread hop each. Every directory is opened by name from its parent's descriptor, never through a
 link, so neither planted links nor paths longer than the system allows nor any depth matter. Deleting whole trees is the
-business of `_files`.
+business of `_removal`.
 """
 
 # Paths are text here: directory descriptors are what this module is about, and pathlib has none.
@@ -22,7 +22,8 @@ from typing import Final
 
 import attrs
 
-from repopool_async._files import mounts_below, open_up
+from repopool_async._mounts import mounts_below
+from repopool_async._removal import open_up
 from repopool_async.hosts.base import Settled, TreeInspection
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 
-from repopool_async import _files
+from repopool_async import _files, _mounts, _removal
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
 from repopool_async.hosts import _collect, _marked, _ownership, _tree
@@ -153,7 +153,7 @@ class LocalHost:
 
     async def remove_tree(self, path: str) -> None:
         """See `Host.remove_tree`."""
-        await in_thread(_files.remove_tree, path)
+        await in_thread(_removal.remove_tree, path)
 
     async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
         """See `Host.inspect_tree`."""
@@ -169,7 +169,7 @@ class LocalHost:
 
     async def is_network_file_system(self, path: str) -> bool:
         """See `Host.is_network_file_system`."""
-        return await in_thread(_files.is_network_file_system, path)
+        return await in_thread(_mounts.is_network_file_system, path)
 
     async def collect_files(
         self,
@@ -222,7 +222,7 @@ def _apply_step(step: FileStep) -> None:
         case Rename(source, target):
             os.replace(source, target)
         case Discard(path, trash):
-            _files.discard(path, trash)
+            _removal.discard(path, trash)
         case RemoveFile(path):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(path)

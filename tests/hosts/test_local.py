@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from repopool_async import _files
+from repopool_async import _removal
 from repopool_async._identity import process_start_time
 from repopool_async.exceptions import CommandTimeoutError
 from repopool_async.hosts import _tree
@@ -81,7 +81,7 @@ def nobodys_directory() -> Iterator[Path]:
     if os.getuid() == 0:
         os.chown(path, NOBODY, NOBODY)
     yield path
-    _files.remove_tree(str(path))
+    _removal.remove_tree(str(path))
 
 
 def names_in(directory: str | Path) -> list[str]:
@@ -544,8 +544,8 @@ class TestRemovingEntries:
             trash = str(nobodys_directory / "trash")
             assert _tree.remove_entries(str(tree), ["a/closed", "b/file", "b"], trash) == 3
             assert names_in(tree) == ["a"]
-            _files.remove_tree(trash)
-            _files.remove_tree(str(tree))
+            _removal.remove_tree(trash)
+            _removal.remove_tree(str(tree))
             assert names_in(nobodys_directory) == []
 
         as_nobody(work)
