@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -119,17 +119,27 @@ def log_bytes(path: str) -> bytes:
 
 
 @contextmanager
-def alone(directory: str) -> Iterator[None]:
-    """Keep other processes from rebuilding in the same directory: the slower one would undo a lease given since."""
+def alone(directory: str) -> Iterator[Callable[[], bool]]:
+    """Keep other processes from rebuilding in the same directory: the slower one would undo a lease given since.
+
+    Gives a function that says whether the directory is still the one at that path.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # some network file systems cannot lock a directory
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield lambda: _is_at(descriptor, directory)
     finally:
         with suppress(OSError):  # closing alone would leave it locked by a child that was forked meanwhile
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def make_directory(path: str) -> bool:

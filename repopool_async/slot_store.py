@@ -297,13 +297,17 @@ class SlotStore(StoreLayout):
     def _rebuild_slot(self, slot_id: str, path: str) -> Slot | None:
         """Make a slot's record anew; None where the directory holds nothing of a slot."""
         directory = self.slot_directory(slot_id)
-        if all(_files.is_temporary_name(name) for name in names_in(directory)):
+        if _is_bare(directory):
             return None
-        with alone(directory):
+        with alone(directory) as is_still:
             slot, reason = try_read(Slot, path, is_settled=True, slot_id=slot_id)
             if slot is not None:
                 return slot  # it was being written, or somebody else has rebuilt it and it may be leased since
             text = bytes_of(path)
+            if not is_still() or _is_bare(directory):
+                return None  # deleted since we looked; what is there now is being made, and not ours to write
+            if reason is None and os.path.lexists(path):
+                return try_read(Slot, path, slot_id=slot_id)[0]  # written since we looked
             aside = set_aside(path)
             slot = guess_slot(self, slot_id, text, self._known_history(slot_id))
             write_slot(path, slot)
@@ -353,3 +357,8 @@ class SlotStore(StoreLayout):
         if self._on_event is not None:
             about = {"path": path, "set_aside": set_aside, "reason": reason or "it was missing"}
             self._on_event("store.corrupt", {**about, **fields})
+
+
+def _is_bare(directory: str) -> bool:
+    """Return whether a directory holds nothing of a slot: its first record may be under way."""
+    return all(_files.is_temporary_name(name) for name in names_in(directory))

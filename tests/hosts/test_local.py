@@ -766,12 +766,12 @@ class TestBystanders:
         if (await host.run([*unshare, "true"], env=ENV)).exit_code != 0:
             pytest.skip("no containers here")
         os.mkfifo(tmp_path / "gate")
-        (tmp_path / "script").write_text(f'mount --bind "$1" "$2"; : > "$3"; exec sleep {FOREVER}')
+        (tmp_path / "script").write_text('mount --bind "$1" "$2"; : > "$3"; read -r never < "$3"')
         inside = f"sh {tmp_path}/script '{tree}/sub dir' {tmp_path}/place {tmp_path}/gate"
         pid = await daemons.start(f"ready; exec {' '.join(unshare)} {inside}", value=None)
         (tmp_path / "gate").read_bytes()
         ended = await host.end_processes(mark=daemons.mark, tree=str(tree))
-        assert ended.bystanders == (f"{pid} sleep",)
+        assert ended.bystanders == (f"{pid} sh",)
 
     async def test_the_tree_may_be_named_through_a_link(
         self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
