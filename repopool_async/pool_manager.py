@@ -22,6 +22,7 @@ from repopool_async._aio import Deadline, Interruptions, TaskSet, in_thread, shi
 from repopool_async._clock import boottime, now
 from repopool_async._git import GitRunner, base_environment, check_git_version, lessee_environment
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
+from repopool_async.components import Components
 from repopool_async.config import PoolConfig, PoolOptions, refusal_in
 from repopool_async.config_changes import READ_AT_USE, ConfigChange, changed_options, compare
 from repopool_async.config_values import validate_repo_name
@@ -67,7 +68,6 @@ from repopool_async.run_as import RunAs
 from repopool_async.salvage import Salvage
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks, SlotCallback, SlotCleaner
-from repopool_async.slot_keeper import Components
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.clone import CloneWorkspace
 from repopool_async.workspaces.submodules import Submodules

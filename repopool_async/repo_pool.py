@@ -20,8 +20,10 @@ from repopool_async._aio import Deadline, Interruptions, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import boot_id, new_lease_id
+from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
 from repopool_async.coordination.base import Grant
+from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
     CleanupError,
     LeaseLostError,
@@ -41,7 +43,7 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import Lease, LeaseEnd, Pool, PoolSummary, ResolvedRef, Slot, SlotState
 from repopool_async.origins import Origin
 from repopool_async.salvage import Salvage
-from repopool_async.slot_keeper import Components, SlotKeeper, describe_holder, is_passing, passing_told
+from repopool_async.slot_keeper import SlotKeeper, describe_holder
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
@@ -75,19 +77,31 @@ class RepoPool:
     """The slots of one repository. Made by `PoolManager`; see `PoolManager` for the verbs that name a pool."""
 
     def __init__(self, pool: Pool, options: PoolOptions, parts: Components) -> None:
-        self.record = pool
-        self.options = options
-        self._parts = parts
+        self._context = PoolContext(pool, options, parts)
         self._queue = WaitQueue()
-        self._changed = asyncio.Event()
+        self._changed = self._context.changed
         self._open: dict[str, _Open] = {}
         self._giving = 0
-        self.keeper: Final = SlotKeeper(pool.repo_name, pool.repo_url, options, parts, on_change=self._changed.set)
+        self.keeper: Final = SlotKeeper(self._context)
         self._is_closing = False
         self._is_retired = False
         self._waiting: set[asyncio.Task[Any]] = set()
         self._attempts = Interruptions()
         self._former: list[Mirror] = []
+
+    @property
+    def record(self) -> Pool:
+        """What is stored of the pool."""
+        return self._context.record
+
+    @property
+    def options(self) -> PoolOptions:
+        """What is in force."""
+        return self._context.options
+
+    @property
+    def _parts(self) -> Components:
+        return self._context.parts
 
     @property
     def name(self) -> str:
@@ -618,8 +632,7 @@ class RepoPool:
     def use(self, parts: Components) -> None:
         """Work with other components from now on; leases and cleanings under way keep what they began with."""
         self._former.append(self._parts.mirror)
-        self._parts = parts
-        self.keeper.use(parts)
+        self._context.parts = parts
 
     def retire(self) -> None:
         """Give no more leases, to nobody who waits either; leases under way go on, and slots stay."""
@@ -635,9 +648,8 @@ class RepoPool:
 
     def reconfigure(self, record: Pool, options: PoolOptions) -> None:
         """Take on other options; leases under way keep what they began with."""
-        self.record = record
-        self.options = options
-        self.keeper.options = options
+        self._context.record = record
+        self._context.options = options
         self._parts.cleaner.rebuild_always = options.rebuild_always
 
     async def list_slots(self) -> list[Slot]:
