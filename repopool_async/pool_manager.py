@@ -761,7 +761,7 @@ class PoolManager:
         Raises:
             SlotNotFoundError: there is no such slot.
         """
-        return await (await self._pool_of(slot_id)).force_unlock(slot_id)
+        return await (await self._pool_of(slot_id)).watch.force_unlock(slot_id)
 
     # -- saved work ----------------------------------------------------------------------------------------------
 

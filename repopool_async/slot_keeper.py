@@ -30,6 +30,7 @@ from repopool_async.exceptions import (
     StoreError,
 )
 from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState, make_slot_id
+from repopool_async.open_leases import describe_holder
 from repopool_async.slot_allocator import available, broken
 from repopool_async.workspaces.base import Checkout
 
@@ -471,14 +472,3 @@ class SlotKeeper:
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._pool.name, name, exc_info=error)
         self._pool.parts.emit("pool.task_failed", {"repo_name": self._pool.name, "task": name, "error": str(error)})
-
-
-def describe_holder(slot: Slot) -> str:
-    """Say in one line who has a slot, or what else is with it."""
-    lease = slot.lease
-    if slot.state is not SlotState.ALLOCATED or lease is None:
-        return f"{slot.slot_id}: {slot.state}" + (f" ({slot.error})" if slot.error else "")
-    return (
-        f"{slot.slot_id}: leased since {lease.acquired_at:%Y-%m-%d %H:%M:%S} UTC by pid {lease.owner.pid} "
-        f"on {lease.owner.host}" + (f", {dict(lease.metadata)}" if lease.metadata else "")
-    )
