@@ -1,7 +1,7 @@
-"""The facade: pools by name, their configuration, opening and closing.
+"""The facade: every verb of the public interface, handed to who does it.
 
-Everything that concerns one repository is delegated to its `RepoPool`; this module finds the pool a name or a slot id
-means, makes and deletes pools, and owns what they share.
+What concerns one repository is its `RepoPool`'s business, found by a pool's name or a slot's id in the `PoolRegistry`.
+Of what all of it is made `assembly` decides, in what order it begins and ends the `Lifecycle`.
 """
 
 import asyncio
@@ -14,19 +14,13 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 from repopool_async._clock import boottime
-from repopool_async._git import lessee_environment
 from repopool_async.assembly import Assembler, Shared
 from repopool_async.config import PoolConfig
 from repopool_async.config_changes import ConfigChange
 from repopool_async.config_reload import ConfigReload
 from repopool_async.configured_pools import ConfiguredPools
 from repopool_async.events import Event
-from repopool_async.exceptions import (
-    PoolNotFoundError,
-    SalvageError,
-    SalvageNotFoundError,
-    SlotNotFoundError,
-)
+from repopool_async.exceptions import PoolNotFoundError, SlotNotFoundError
 from repopool_async.janitor import Janitor, SweepReport
 from repopool_async.lease import LeasedSlot
 from repopool_async.lifecycle import Lifecycle
@@ -34,22 +28,20 @@ from repopool_async.models import (
     AllocationMetrics,
     AllocationRecord,
     CleanupResult,
-    CommandResult,
     Lease,
     PoolSummary,
     RestoredSalvage,
     SalvageRecord,
     Slot,
-    SlotState,
     SlotStatus,
     parse_slot_id,
 )
 from repopool_async.pool_registry import PoolRegistry
 from repopool_async.repo_pool import RepoPool, Unset
+from repopool_async.salvage_catalogue import SalvageCatalogue
 from repopool_async.slot_cleaner import Callbacks, SlotCallback
 
 _DETACHED_SECONDS: Final = 3600.0
-
 
 Verb = TypeVar("Verb", bound=Callable[..., Coroutine[Any, Any, Any]])
 
@@ -357,8 +349,7 @@ class PoolManager:
 
     async def list_salvage(self, repo_name: str | None = None) -> list[SalvageRecord]:
         """Return what was saved of leases that ended badly, of one pool or of all, the oldest first."""
-        records = [record for pool in await self._named(repo_name) for record in await pool.salvage.records()]
-        return sorted(records, key=lambda record: record.created_at)
+        return await (await self._salvage(repo_name)).records()
 
     async def restore_salvage(self, salvage_id: str, slot: LeasedSlot, *, branch: str | None = None) -> RestoredSalvage:
         """Bring saved work back into a leased slot of the same pool.
@@ -374,9 +365,7 @@ class PoolManager:
             SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists.
         """
         pool = await self._pool_of(slot.slot_id)
-        record = await pool.salvage.find(salvage_id)
-        is_clean = await slot.is_clean_working_tree()
-        return await pool.salvage.restore(record, slot.run, branch=branch, is_clean=is_clean)
+        return await SalvageCatalogue([pool], self._shared.host).restore(salvage_id, slot, branch=branch)
 
     async def restore_salvage_into(
         self, salvage_id: str, directory: str | os.PathLike[str], *, branch: str | None = None
@@ -386,22 +375,11 @@ class PoolManager:
         Raises:
             SalvageNotFoundError: there is none of that id. SalvageError: git refused.
         """
-        pool, record = await self._saved(salvage_id)
-
-        async def run(*argv: str, env: Mapping[str, str] | None = None) -> CommandResult:
-            environment = {**lessee_environment(), **(env or {})}
-            done = await self._shared.host.run(argv, env=environment, cwd=os.path.abspath(directory))  # noqa: ASYNC240, PTH100
-            if done.exit_code != 0:
-                words = done.stderr.decode(errors="replace").strip()
-                raise SalvageError(f"{record.salvage_id[:8]}: cannot be restored: {words}", repo_name=pool.name)
-            return done
-
-        return await pool.salvage.restore(record, run, branch=branch, is_clean=False)
+        return await (await self._salvage()).restore_into(salvage_id, directory, branch=branch)
 
     async def describe_salvage(self, salvage_id: str) -> tuple[SalvageRecord, str]:
         """Return saved work, and git's table of the files that differ from the lessee's HEAD."""
-        pool, record = await self._saved(salvage_id)
-        return record, await pool.salvage.describe(record)
+        return await (await self._salvage()).describe(salvage_id)
 
     async def delete_salvage(self, salvage_id: str) -> None:
         """Delete saved work for good.
@@ -409,17 +387,10 @@ class PoolManager:
         Raises:
             SalvageNotFoundError: there is none of that id.
         """
-        pool, record = await self._saved(salvage_id)
-        await pool.salvage.delete(record.salvage_id)
+        await (await self._salvage()).delete(salvage_id)
 
-    async def _saved(self, salvage_id: str) -> tuple[RepoPool, SalvageRecord]:
-        failure: SalvageNotFoundError | None = None
-        for pool in await self._named(None):
-            try:
-                return pool, await pool.salvage.find(salvage_id)
-            except SalvageNotFoundError as error:
-                failure = error
-        raise failure or SalvageNotFoundError(f"no saved work {salvage_id!r}: there are no pools")
+    async def _salvage(self, repo_name: str | None = None) -> SalvageCatalogue:
+        return SalvageCatalogue(await self._named(repo_name), self._shared.host)
 
     # -- slots ---------------------------------------------------------------------------------------------------
 
@@ -490,25 +461,9 @@ class PoolManager:
         Raises:
             SlotNotFoundError: there is none.
         """
-        pool = await self._pool_of(slot_id)
+        await self._pool_of(slot_id)
         slot = await self._shared.coordinator.get_slot(slot_id)
-        lease = slot.lease if slot.state is SlotState.ALLOCATED else None
-        return SlotStatus(
-            slot_id=slot_id,
-            repo_name=pool.name,
-            state=slot.state,
-            path=slot.path,
-            is_locked=await self._shared.locks.is_locked(slot_id),
-            commit=lease.commit if lease else slot.seal.commit if slot.seal else None,
-            branch=lease.branch if lease else slot.seal.branch if slot.seal else None,
-            lease=lease,
-            held_seconds=boottime() - lease.acquired_boottime if lease else None,
-            allocation_count=slot.allocation_count,
-            total_allocated_seconds=slot.total_allocated_seconds,
-            created_at=slot.created_at,
-            last_used_at=slot.last_used_at,
-            error=slot.error,
-        )
+        return SlotStatus.of(slot, is_locked=await self._shared.locks.is_locked(slot_id), at=boottime())
 
     async def get_pool_summary(self) -> dict[str, PoolSummary]:
         """Return every pool at a glance (5.5)."""
