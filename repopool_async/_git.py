@@ -131,13 +131,19 @@ _PASSED_ON: Final = (
     *("GIT_SSL_CERT", "GIT_SSL_KEY", "GIT_PROXY_SSL_CAINFO"),
 )
 _DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-# What `git rev-parse --local-env-vars` lists, less GIT_CONFIG_COUNT, by which people configure git on purpose.
-_LOCAL_VARIABLES: Final = (
-    *("GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG", "GIT_CONFIG_PARAMETERS", "GIT_OBJECT_DIRECTORY", "GIT_DIR"),
-    *("GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_INDEX_FILE", "GIT_NO_REPLACE_OBJECTS"),
-    *("GIT_REPLACE_REF_BASE", "GIT_PREFIX", "GIT_INTERNAL_SUPER_PREFIX", "GIT_SHALLOW_FILE", "GIT_COMMON_DIR"),
-    *("GIT_NAMESPACE", "GIT_QUARANTINE_PATH"),
+LOCATION_VARIABLES: Final = frozenset(
+    {
+        *("GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG", "GIT_CONFIG_PARAMETERS", "GIT_OBJECT_DIRECTORY", "GIT_DIR"),
+        *("GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_INDEX_FILE", "GIT_NO_REPLACE_OBJECTS"),
+        *("GIT_REPLACE_REF_BASE", "GIT_PREFIX", "GIT_INTERNAL_SUPER_PREFIX", "GIT_SHALLOW_FILE", "GIT_COMMON_DIR"),
+        *("GIT_NAMESPACE", "GIT_QUARANTINE_PATH"),
+    }
 )
+"""What git sets for hooks; inherited, it would point git at another repository.
+
+These are the variables of `git rev-parse --local-env-vars`, less GIT_CONFIG_COUNT, by which people configure git on
+purpose, and GIT_QUARANTINE_PATH, under which git refuses to move any ref.
+"""
 
 _CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9.-]+\.([^\n\0]*\.)?[A-Za-z][A-Za-z0-9-]*")
 _USERNAME_VARIABLE: Final = "REPOPOOL_GIT_USERNAME"
@@ -190,7 +196,8 @@ def lessee_environment(source: Mapping[str, str] | None = None) -> dict[str, str
     variables that git sets for hooks) is left out.
     """
     source = os.environ if source is None else source
-    environment = {name: value for name, value in source.items() if name not in (*_LOCAL_VARIABLES, "SSH_ASKPASS")}
+    environment = {name: value for name, value in source.items() if name not in LOCATION_VARIABLES}
+    environment.pop("SSH_ASKPASS", None)
     # Only messages change language: file names and what hooks print stay as they were.
     character_type = environment.pop("LC_ALL", None) or environment.get("LC_CTYPE") or environment.get("LANG")
     if character_type:

@@ -182,7 +182,7 @@ class Janitor:
             lease = slot.lease if slot.state is SlotState.ALLOCATED else None
             is_ours = lease is not None and lease.owner.boot_id == boot_id()
             if lease is not None and is_ours and boottime() - lease.acquired_boottime >= longest + _LEASE_CHECK_SECONDS:
-                expired += [slot.slot_id] if await pool.expire(slot) else []
+                expired += [slot.slot_id] if await pool.watch.expire(slot) else []
         return expired
 
     async def _remove_left_overs(self, pool: RepoPool) -> list[str]:
@@ -292,9 +292,9 @@ class Janitor:
             await asyncio.sleep(_LEASE_CHECK_SECONDS)
             for pool in self._pools():
                 try:
-                    await pool.notice_lost_leases()
-                    await pool.reap_expired_leases()
-                    await pool.check_ages()
+                    await pool.watch.notice_lost()
+                    await pool.watch.reap_expired()
+                    await pool.watch.check_ages()
                     await pool.keeper.trim()
                 except (PoolManagerError, OSError):
                     _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, final
 
+from repopool_async._git import LOCATION_VARIABLES
 from repopool_async.exceptions import CommandFailedError, LeaseReleasedError
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host, HostProcess
@@ -18,16 +19,6 @@ from repopool_async.models import CommandResult, GitResult, Lease, Slot
 from repopool_async.slot_cleaner import LEASE_MARK
 
 _OUTPUT_LIMIT: Final = 64 * 1024 * 1024
-
-_LOCATION_VARIABLES: Final = frozenset(
-    {
-        "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR", "GIT_CONFIG", "GIT_CONFIG_COUNT", "GIT_CONFIG_PARAMETERS",
-        "GIT_DIR", "GIT_GRAFT_FILE", "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_INTERNAL_SUPER_PREFIX",
-        "GIT_NAMESPACE", "GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_REPLACE_REF_BASE",
-        "GIT_SHALLOW_FILE", "GIT_WORK_TREE",
-    }
-)  # fmt: skip
-"""`git rev-parse --local-env-vars`: inherited from a hook or a parent, they would point git at another repository."""
 
 
 @final
@@ -209,7 +200,7 @@ class LeasedSlot:
 
     def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
         source = os.environ if self._inherited is None else self._inherited
-        inherited = {name: value for name, value in source.items() if name not in _LOCATION_VARIABLES}
+        inherited = {name: value for name, value in source.items() if name not in LOCATION_VARIABLES}
         return {**inherited, **(extra or {}), **self._marks(), "PWD": self._tree}
 
     def _marks(self) -> dict[str, str]:

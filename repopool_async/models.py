@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import attrs
 
@@ -180,6 +180,27 @@ class SlotStatus:
     created_at: datetime
     last_used_at: datetime | None
     error: str | None
+
+    @classmethod
+    def of(cls, slot: Slot, *, is_locked: bool, at: float) -> Self:
+        """Return what a record says `at` seconds after the machine was booted."""
+        lease = slot.lease if slot.state is SlotState.ALLOCATED else None
+        return cls(
+            slot_id=slot.slot_id,
+            repo_name=slot.repo_name,
+            state=slot.state,
+            path=slot.path,
+            is_locked=is_locked,
+            commit=lease.commit if lease else slot.seal.commit if slot.seal else None,
+            branch=lease.branch if lease else slot.seal.branch if slot.seal else None,
+            lease=lease,
+            held_seconds=at - lease.acquired_boottime if lease else None,
+            allocation_count=slot.allocation_count,
+            total_allocated_seconds=slot.total_allocated_seconds,
+            created_at=slot.created_at,
+            last_used_at=slot.last_used_at,
+            error=slot.error,
+        )
 
 
 @attrs.frozen

@@ -6,23 +6,22 @@ Who waits for slots is not its business; it only says that something changed.
 """
 
 import asyncio
-import errno
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._clock import boottime, now
-from repopool_async.config import PoolOptions
-from repopool_async.coordination.base import Coordinator, Hold
+from repopool_async.components import PoolContext
+from repopool_async.coordination.base import Hold
+from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
     CleanupError,
-    GitDiskFullError,
     GitOperationError,
     LeaseLostError,
     PoolManagerError,
@@ -30,15 +29,9 @@ from repopool_async.exceptions import (
     SlotNotFoundError,
     StoreError,
 )
-from repopool_async.git_operations import GitOperations
-from repopool_async.hosts.base import Host
-from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState, make_slot_id
-from repopool_async.run_as import RunAs
-from repopool_async.salvage import Salvage
-from repopool_async.slot_allocator import SlotAllocator, available, broken
-from repopool_async.slot_cleaner import SlotCleaner
-from repopool_async.slot_store import SlotStore
+from repopool_async.open_leases import describe_holder
+from repopool_async.slot_allocator import available, broken
 from repopool_async.workspaces.base import Checkout
 
 _log: Final = logging.getLogger("repopool")
@@ -46,68 +39,26 @@ _log: Final = logging.getLogger("repopool")
 _RETRY_SECONDS: Final = 0.1
 _TIDYING_SECONDS: Final = 600.0
 
-_PASSING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
 _Work = Callable[[Checkout], Awaitable[CleanupResult]]
 
 
-@attrs.frozen
-class Components:
-    """What a pool works with; made by the manager, shared where it can be.
-
-    Attributes:
-        lessee_host: where lessees' commands run; they must not use up what bounds the pool's own git.
-        lessee_git: the git verbs as a lessee would run them. emit: tells an event, a kind and fields.
-        cleaning: bounds how many slots are cleaned or made at once.
-        run_as: the user that lessees run as, where it is another.
-        salvage: the pool's saved work.
-    """
-
-    host: Host
-    store: SlotStore
-    coordinator: Coordinator
-    allocator: SlotAllocator
-    mirror: Mirror
-    cleaner: SlotCleaner
-    lessee_host: Host
-    lessee_git: GitOperations
-    emit: Callable[[str, Mapping[str, Any]], None]
-    cleaning: asyncio.Semaphore
-    salvage: Salvage
-    run_as: RunAs | None = None
-
-
 class SlotKeeper:
-    """The upkeep of one pool's slots.
+    """The upkeep of one pool's slots."""
 
-    Args:
-        on_change: called whenever a slot may have become free.
-    """
-
-    def __init__(
-        self, repo_name: str, repo_url: str, options: PoolOptions, parts: Components, *, on_change: Callable[[], None]
-    ) -> None:
-        self.options = options
+    def __init__(self, context: PoolContext) -> None:
         self.last_recovery = float("-inf")
         self._last_tidying = float("-inf")
-        self._name = repo_name
-        self._repo_url = repo_url
-        self._parts = parts
-        self._on_change = on_change
+        self._pool = context
         self._returning: dict[str, asyncio.Task[None]] = {}
         self._holds: dict[str, Hold] = {}
         self._unclean: list[tuple[Hold, Slot]] = []
         self._target: int | None = None
-        self._tasks = TaskSet(f"pool-{repo_name}", on_error=self._task_failed)
+        self._tasks = TaskSet(f"pool-{context.name}", on_error=self._task_failed)
 
     @property
     def returning(self) -> Mapping[str, "asyncio.Task[None]"]:
         """The slots this process is cleaning, by id."""
         return self._returning
-
-    def use(self, parts: Components) -> None:
-        """Work with other components from now on; what is under way ends with those it began with."""
-        self._parts = parts
 
     async def wait_clean(self) -> None:
         """Wait until no slot is being cleaned by this process."""
@@ -118,7 +69,7 @@ class SlotKeeper:
         """Interrupt every cleaning; what is unfinished is left, unlocked, to recovery."""
         await self._tasks.cancel()
         for slot_id, hold in list(self._holds.items()):  # of tasks cancelled before their first step
-            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
         self._holds.clear()
         self._unclean.clear()
         self._returning.clear()
@@ -127,7 +78,7 @@ class SlotKeeper:
 
     def clean_later(self, hold: Hold, slot: Slot) -> None:
         """Clean a held slot in the background and make it AVAILABLE (or quarantine it)."""
-        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.cleanup_after_release(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.cleanup_after_release(slot, checkout))
 
     def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
         """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
@@ -152,28 +103,28 @@ class SlotKeeper:
     async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
         """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
         try:
-            async with self._parts.cleaning:
+            async with self._pool.parts.cleaning:
                 slot, work = await self._save_work(hold, slot, work)
-                async with asyncio.timeout(self.options.cleanup_timeout):
+                async with asyncio.timeout(self._pool.options.cleanup_timeout):
                     result: CleanupResult = await work(await self._standing(slot))
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
                 await self._remove_held(hold)
                 return
             assert result.seal is not None
-            await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
-            self._parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
+            await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
+            self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
             if is_passing(error):
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
         except BaseException:
-            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
+            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
             raise
         finally:
             self._returning.pop(slot.slot_id, None)
             self._holds.pop(slot.slot_id, None)
-            self._on_change()
+            self._pool.changed.set()
 
     async def _save_work(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, _Work]:
         """Save what the last lease left, where that is due, and return what to go on with.
@@ -184,22 +135,24 @@ class SlotKeeper:
             return slot, work
         about = {"slot_id": slot.slot_id, "lease_id": slot.lease.lease_id if slot.lease else None}
         try:
-            async with asyncio.timeout(self.options.cleanup_timeout):
-                await self._parts.cleaner.end_lease(slot)
-                record = await self._parts.salvage.save(slot, limit_bytes=self.options.salvage_limit)
+            async with asyncio.timeout(self._pool.options.cleanup_timeout):
+                await self._pool.parts.cleaner.end_lease(slot)
+                record = await self._pool.parts.salvage.save(slot, limit_bytes=self._pool.options.salvage_limit)
         except Exception as error:  # noqa: BLE001 - whatever it is, the work must be kept and the slot must go on
-            path = await self._parts.salvage.set_aside(slot, error)
-            self._parts.emit(
+            path = await self._pool.parts.salvage.set_aside(slot, error)
+            self._pool.parts.emit(
                 "slot.salvage_failed", {**about, "error": str(error) or type(error).__name__, "path": path}
             )
             work = self._making_anew(slot)
         else:
             if record is not None:
-                self._parts.emit("slot.salvaged", {**about, "salvage_id": record.salvage_id, "skipped": record.skipped})
-        return await self._parts.coordinator.update(hold, attrs.evolve(slot, unsaved=None)), work
+                self._pool.parts.emit(
+                    "slot.salvaged", {**about, "salvage_id": record.salvage_id, "skipped": record.skipped}
+                )
+        return await self._pool.parts.coordinator.update(hold, attrs.evolve(slot, unsaved=None)), work
 
     def _is_due(self, unsaved: str | None) -> bool:
-        match self.options.salvage:
+        match self._pool.options.salvage:
             case "never":
                 return False
             case "always":
@@ -208,42 +161,42 @@ class SlotKeeper:
                 return unsaved not in (None, LeaseEnd.RETURNED)
 
     def _making_anew(self, slot: Slot) -> _Work:
-        return lambda checkout: self._parts.cleaner.repair_slot(slot, checkout)
+        return lambda checkout: self._pool.parts.cleaner.repair_slot(slot, checkout)
 
     async def tidy_salvage(self) -> None:
         """Delete saved work that is older than `salvage_days`, and what killed processes left half saved."""
         if boottime() - self._last_tidying < _TIDYING_SECONDS:
             return
         self._last_tidying = boottime()
-        expired = await self._parts.salvage.expire(now() - timedelta(days=self.options.salvage_days))
+        expired = await self._pool.parts.salvage.expire(now() - timedelta(days=self._pool.options.salvage_days))
         if expired:
-            self._parts.emit("salvage.expired", {"repo_name": self._name, "salvage_ids": expired})
-        await self._parts.salvage.sweep(self._unsaved_leases)
+            self._pool.parts.emit("salvage.expired", {"repo_name": self._pool.name, "salvage_ids": expired})
+        await self._pool.parts.salvage.sweep(self._unsaved_leases)
 
     async def _unsaved_leases(self) -> set[str]:
-        slots = await self._parts.coordinator.list_slots(self._name)
+        slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         return {slot.lease.lease_id for slot in slots if slot.lease is not None}
 
     async def _standing(self, slot: Slot) -> Checkout:
         """Say what a slot shall show while nobody has it; its last branch's newest commit where warming is on."""
-        snapshot = await self._parts.mirror.snapshot()
+        snapshot = await self._pool.parts.mirror.snapshot()
         branch = slot.last_branch
         if branch is not None and branch not in snapshot.branches:
             branch = None
-        if branch is not None and (self.options.warmup_enabled or slot.lease is None):
+        if branch is not None and (self._pool.options.warmup_enabled or slot.lease is None):
             return Checkout(commit=snapshot.branches[branch], branch=branch)
         commit = (slot.lease.commit if slot.lease else None) or (slot.seal.commit if slot.seal else None)
         if commit is not None:
             return Checkout(commit=commit, branch=branch)
-        resolved = await self._parts.mirror.resolve(self.options.default_ref)
+        resolved = await self._pool.parts.mirror.resolve(self._pool.options.default_ref)
         return Checkout(commit=resolved.commit, branch=resolved.branch)
 
     async def quarantine(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Isolate a held slot with the reason (9.5) and let go of it."""
-        reason = str(error) or f"not finished within {self.options.cleanup_timeout:g} s (cleanup_timeout)"
-        self._parts.emit("slot.quarantined", {"slot_id": slot.slot_id, "reason": reason})
+        reason = str(error) or f"not finished within {self._pool.options.cleanup_timeout:g} s (cleanup_timeout)"
+        self._pool.parts.emit("slot.quarantined", {"slot_id": slot.slot_id, "reason": reason})
         try:
-            await self._parts.coordinator.finish(hold, broken(slot, reason))
+            await self._pool.parts.coordinator.finish(hold, broken(slot, reason))
         except LeaseLostError:
             _log.warning("%s: was taken away while being cleaned", slot.slot_id)
         except StoreError as failure:
@@ -252,19 +205,19 @@ class SlotKeeper:
     async def _postpone(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Let go of a slot that cannot be cleaned or recorded now; recovery tries again, by whomever."""
         _log.warning("%s: left to recovery: %s", slot.slot_id, error)
-        self._parts.emit("slot.postponed", {"slot_id": slot.slot_id, "reason": str(error)})
-        await shielded(self._parts.coordinator.abandon_hold(hold), name=f"postpone-{slot.slot_id}")
+        self._pool.parts.emit("slot.postponed", {"slot_id": slot.slot_id, "reason": str(error)})
+        await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"postpone-{slot.slot_id}")
 
     # -- making, mending, removing -------------------------------------------------------------------------------
 
     async def make_mirror(self) -> None:
         """Clone the repository, unless that has been done; see `Mirror.ensure`."""
-        with passing_told(self._name):
-            await self._parts.mirror.ensure()
+        with passing_told(self._pool.name):
+            await self._pool.parts.mirror.ensure()
 
     async def resize(self, num_slots: int) -> None:
         """Add or remove slots until there are `num_slots`; raises `SlotInUseError` where too many are leased."""
-        slots = await self._parts.coordinator.list_slots(self._name)
+        slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         free_first = sorted(slots, key=lambda slot: (slot.state is SlotState.ALLOCATED, -slot.number))
         for slot in free_first[: max(0, len(slots) - num_slots)]:
             await self.remove_slot(slot.slot_id)
@@ -292,7 +245,7 @@ class SlotKeeper:
         removed = []
         for slot_id in await self._surplus():
             with suppress(SlotNotFoundError):  # another process was faster
-                hold = await self._parts.coordinator.take(
+                hold = await self._pool.parts.coordinator.take(
                     slot_id, states=frozenset(SlotState) - {SlotState.ALLOCATED}, becomes=SlotState.CLEANING
                 )
                 if hold is not None:
@@ -304,7 +257,7 @@ class SlotKeeper:
     async def _surplus(self) -> list[str]:
         if not self.is_shrinking:
             return []
-        slots = await self._parts.coordinator.list_slots(self._name)
+        slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         target = self._target  # only now: it may have changed meanwhile
         surplus = [slot.slot_id for slot in slots[target:]] if target is not None else []
         if not surplus:
@@ -317,50 +270,50 @@ class SlotKeeper:
         What stood on a mirror that had to be made anew counts as wrong too.
         """
         found = await self._check_mirror()
-        for slot in await self._parts.coordinator.list_slots(self._name):
+        for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             problems = await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
 
     async def _check_mirror(self) -> dict[str, list[str]]:
-        problems = await self._parts.mirror.check()
+        problems = await self._pool.parts.mirror.check()
         if not problems:
             return {}
-        name = f"{self._name}/mirror.git"
-        self._parts.emit("mirror.damaged", {"repo_name": self._name, "problems": problems})
+        name = f"{self._pool.name}/mirror.git"
+        self._pool.parts.emit("mirror.damaged", {"repo_name": self._pool.name, "problems": problems})
         try:
-            await self._parts.mirror.repair()
+            await self._pool.parts.mirror.repair()
         except (PoolManagerError, OSError) as error:
             return {name: [*problems, f"not repaired yet: {error}"]}
-        self._parts.emit("mirror.repaired", {"repo_name": self._name})
+        self._pool.parts.emit("mirror.repaired", {"repo_name": self._pool.name})
         return {name: problems}
 
     async def _check_slot(self, slot_id: str) -> list[str]:
-        hold = await self._parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
+        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
         if hold is None:
             return []
         problems: list[str] = []
         try:
-            problems += await self._parts.cleaner.verify_slot_integrity(hold.slot)
+            problems += await self._pool.parts.cleaner.verify_slot_integrity(hold.slot)
             if problems:
-                await self._parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
+                await self._pool.parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
                 await self._repair(hold)
         except (CleanupError, GitOperationError) as error:  # the others still want to be looked at
             problems.append(str(error))
         finally:
-            await shielded(self._parts.coordinator.abandon_hold(hold), name=f"check-{slot_id}")
+            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"check-{slot_id}")
         return problems
 
     async def drain(self) -> None:
         """Make the trees of all unleased slots anew."""
-        for slot in await self._parts.coordinator.list_slots(self._name):
+        for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             if slot.state is not SlotState.ALLOCATED:
                 await self.repair_slot(slot.slot_id)
 
     async def fill(self, num_slots: int) -> None:
         """Make the slots that are missing, side by side; raises the first failure."""
-        present = await self._parts.coordinator.list_slots(self._name)
+        present = await self._pool.parts.coordinator.list_slots(self._pool.name)
         missing = num_slots - len(present)
         await together(*[self.add_slot for _ in range(missing)])
 
@@ -370,41 +323,41 @@ class SlotKeeper:
         Raises:
             GitOperationError, CleanupError, OSError: it could not be made; nothing of it is left.
         """
-        with passing_told(self._name):
+        with passing_told(self._pool.name):
             return await self._add_slot()
 
     async def _add_slot(self) -> Slot:
-        number = await self._parts.coordinator.next_slot_number(self._name)
-        slot_id = make_slot_id(self._name, number)
+        number = await self._pool.parts.coordinator.next_slot_number(self._pool.name)
+        slot_id = make_slot_id(self._pool.name, number)
         slot = Slot(
             slot_id=slot_id,
-            repo_name=self._name,
-            repo_url=self._repo_url,
-            path=str(self._parts.store.tree_path(slot_id)),
+            repo_name=self._pool.name,
+            repo_url=self._pool.record.repo_url,
+            path=str(self._pool.parts.store.tree_path(slot_id)),
             created_at=now(),
         )
-        hold = await self._parts.coordinator.create(slot)
+        hold = await self._pool.parts.coordinator.create(slot)
         try:
-            async with self._parts.cleaning:
-                result = await self._parts.cleaner.provision(slot, await self._standing(slot))
+            async with self._pool.parts.cleaning:
+                result = await self._pool.parts.cleaner.provision(slot, await self._standing(slot))
             assert result.seal is not None
-            made = await self._parts.coordinator.finish(hold, available(slot, result.seal, now()))
+            made = await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
         except BaseException:
             await shielded(self._unmake(hold, slot), name=f"unmake-{slot_id}")
             raise
-        self._parts.emit("slot.added", {"slot_id": slot_id})
-        self._on_change()
+        self._pool.parts.emit("slot.added", {"slot_id": slot_id})
+        self._pool.changed.set()
         return made
 
     async def _unmake(self, hold: Hold, slot: Slot) -> None:
         try:
-            await self._parts.coordinator.delete(hold)
+            await self._pool.parts.coordinator.delete(hold)
         except LeaseLostError:
             return  # finished in the instant in which the maker was cancelled: the slot exists and is good
         except StoreError:
-            await self._parts.coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
+            await self._pool.parts.coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
             raise
-        await self._parts.cleaner.discard(slot)
+        await self._pool.parts.cleaner.discard(slot)
 
     async def remove_slot(self, slot_id: str, *, saves_work: bool = True) -> None:
         """Delete an unleased slot, directory and all (7.3 to 7.5).
@@ -420,15 +373,15 @@ class SlotKeeper:
             try:
                 await self._save_work(hold, hold.slot, self._making_anew(hold.slot))
             except BaseException:
-                await shielded(self._parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+                await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
                 raise
         await self._remove_held(hold)
 
     async def _remove_held(self, hold: Hold) -> None:
         slot_id = hold.slot.slot_id
         await shielded(self._unmake(hold, hold.slot), name=f"remove-{slot_id}")
-        self._parts.emit("slot.removed", {"slot_id": slot_id})
-        self._on_change()
+        self._pool.parts.emit("slot.removed", {"slot_id": slot_id})
+        self._pool.changed.set()
 
     async def repair_slot(self, slot_id: str) -> CleanupResult:
         """Make a slot's tree anew, whatever state it is in, unless it is leased (9.5).
@@ -440,56 +393,56 @@ class SlotKeeper:
 
     async def repair_later(self, slot_id: str) -> bool:
         """Begin to repair a quarantined slot in the background; False where it is not quarantined or busy."""
-        hold = await self._parts.coordinator.take(slot_id, states={SlotState.ERROR}, becomes=SlotState.CLEANING)
+        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.ERROR}, becomes=SlotState.CLEANING)
         if hold is None:
             return False
         slot = attrs.evolve(hold.slot, error=None)
-        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.repair_slot(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.repair_slot(slot, checkout))
         return True
 
     async def drop_quarantined_trees(self) -> list[str]:
         """Delete the trees of quarantined slots, which a repair makes anew; return the slots' ids."""
         dropped = []
-        for slot in await self._parts.coordinator.list_slots(self._name):
-            hold = await self._parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
+        for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
+            hold = await self._pool.parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
             if hold is None:
                 continue
             try:
-                await self._parts.host.remove_tree(slot.path)
+                await self._pool.parts.host.remove_tree(slot.path)
                 dropped.append(slot.slot_id)
             finally:
-                await shielded(self._parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")
+                await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")
         return dropped
 
     async def _repair(self, hold: Hold) -> CleanupResult:
         outcome: list[CleanupResult] = []
 
         async def repair(checkout: Checkout) -> CleanupResult:
-            outcome.append(await self._parts.cleaner.repair_slot(hold.slot, checkout))
+            outcome.append(await self._pool.parts.cleaner.repair_slot(hold.slot, checkout))
             return outcome[0]
 
         await self._settle(hold, hold.slot, repair)
         if not outcome:
-            slot = await self._parts.coordinator.get_slot(hold.slot.slot_id)
+            slot = await self._pool.parts.coordinator.get_slot(hold.slot.slot_id)
             raise CleanupError(
-                f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._name
+                f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._pool.name
             )
         return outcome[0]
 
     async def _hold(self, slot_id: str) -> Hold:
         """Take an unleased slot for maintenance, waiting for a cleaning under way."""
-        deadline = Deadline.after(self.options.lock_timeout)
+        deadline = Deadline.after(self._pool.options.lock_timeout)
         while True:
-            slot = await self._parts.coordinator.get_slot(slot_id)
+            slot = await self._pool.parts.coordinator.get_slot(slot_id)
             if slot.state is SlotState.ALLOCATED:
                 raise SlotInUseError(
-                    f"{slot_id}: is leased; {describe_holder(slot)}", slot_id=slot_id, repo_name=self._name
+                    f"{slot_id}: is leased; {describe_holder(slot)}", slot_id=slot_id, repo_name=self._pool.name
                 )
             task = self._returning.get(slot_id)
             if task is not None:
                 async with deadline.limit():
                     await asyncio.wait([task])
-            hold = await self._parts.coordinator.take(
+            hold = await self._pool.parts.coordinator.take(
                 slot_id, states=frozenset(SlotState) - {SlotState.ALLOCATED}, becomes=SlotState.CLEANING
             )
             if hold is not None:
@@ -501,61 +454,21 @@ class SlotKeeper:
         """Take over slots whose owner died, clean them in the background, and return their ids."""
         self.last_recovery = boottime()
         recovered = []
-        for orphan in await self._parts.coordinator.orphans(self._name):
+        for orphan in await self._pool.parts.coordinator.orphans(self._pool.name):
             hold = None
             with suppress(SlotNotFoundError):  # somebody else has just finished deleting it
-                hold = await self._parts.coordinator.recover_orphan(orphan.slot_id)
+                hold = await self._pool.parts.coordinator.recover_orphan(orphan.slot_id)
             if hold is not None:
                 recovered.append(orphan.slot_id)
-                self._parts.emit(
+                self._pool.parts.emit(
                     "slot.recovered", {"slot_id": orphan.slot_id, "lease": orphan.lease and orphan.lease.lease_id}
                 )
                 self._recover_later(hold, hold.slot)
         return recovered
 
     def _recover_later(self, hold: Hold, slot: Slot) -> None:
-        self._settle_later(hold, slot, lambda checkout: self._parts.cleaner.recover(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.recover(slot, checkout))
 
     def _task_failed(self, name: str, error: BaseException) -> None:
-        _log.error("%s: background task %s failed", self._name, name, exc_info=error)
-        self._parts.emit("pool.task_failed", {"repo_name": self._name, "task": name, "error": str(error)})
-
-
-def is_passing(error: BaseException) -> bool:
-    """Return whether something failed that is no slot's fault and will pass: the disk is full or read-only."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, GitDiskFullError) or (isinstance(cause, OSError) and cause.errno in _PASSING):
-            return True
-        cause = cause.__cause__
-    return False
-
-
-@contextmanager
-def passing_told(repo_name: str) -> Iterator[None]:
-    """Turn what will pass, where it is not told as such already, into a `StoreError` that names the remedy."""
-    try:
-        yield
-    except (CleanupError, OSError) as error:
-        if not is_passing(error):
-            raise
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        remedy = "mount it read-write" if getattr(cause, "errno", 0) == errno.EROFS else "free some space there"
-        raise StoreError(
-            f"{repo_name}: the pool's file system is full or read-only ({cause}); {remedy}, then try again: slots that "
-            f"could not be finished are recovered by themselves",
-            repo_name=repo_name,
-        ) from error
-
-
-def describe_holder(slot: Slot) -> str:
-    """Say in one line who has a slot, or what else is with it."""
-    lease = slot.lease
-    if slot.state is not SlotState.ALLOCATED or lease is None:
-        return f"{slot.slot_id}: {slot.state}" + (f" ({slot.error})" if slot.error else "")
-    return (
-        f"{slot.slot_id}: leased since {lease.acquired_at:%Y-%m-%d %H:%M:%S} UTC by pid {lease.owner.pid} "
-        f"on {lease.owner.host}" + (f", {dict(lease.metadata)}" if lease.metadata else "")
-    )
+        _log.error("%s: background task %s failed", self._pool.name, name, exc_info=error)
+        self._pool.parts.emit("pool.task_failed", {"repo_name": self._pool.name, "task": name, "error": str(error)})

@@ -290,7 +290,7 @@ async def test_another_processs_lease_that_is_too_long_is_taken_away_by_the_jani
 async def test_a_lease_given_back_in_time_is_left_alone(manager: PoolManager, told: Watcher, origin: Path) -> None:
     pool = await manager.create_pool("web", str(origin), max_lease_seconds=600)
     async with manager.lease("web") as slot:
-        await pool.check_ages()
+        await pool.watch.check_ages()
         assert not slot.lost.is_set()
     await manager.wait_clean()
     assert not [event for event in told.events if event.kind == "lease.expired"]
@@ -307,7 +307,7 @@ async def test_a_leak_is_told_once_with_the_stack_that_took_the_lease(
     with caplog.at_level(logging.WARNING, "repopool"):
         slot = await take_for_long(manager)
         event = await told.first("lease.leak")
-        await pool.check_ages()
+        await pool.watch.check_ages()
     assert "take_for_long" in event.fields["stack"]
     assert "await manager.allocate_slot" in event.fields["stack"]
     assert Path(__file__).name in event.fields["where"]

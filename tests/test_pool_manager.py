@@ -354,6 +354,19 @@ async def test_a_remote_that_vanished_is_a_clear_error_and_costs_no_slot(
 # -- leases ------------------------------------------------------------------------------------------------------
 
 
+async def test_commands_keep_the_callers_git_configuration_but_not_its_repository(
+    manager: PoolManager, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = {"GIT_DIR": "/nowhere", "GIT_WORK_TREE": "/nowhere", "GIT_QUARANTINE_PATH": "/nowhere"}
+    asked = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Agent"}
+    for name, value in (hook | asked).items():
+        monkeypatch.setenv(name, value)
+    await manager.create_pool("web", str(origin), num_slots=1)
+    async with manager.lease("web") as slot:
+        await slot.run("git", "update-ref", "refs/heads/mine", "HEAD")
+        assert (await slot.run("git", "config", "user.name")).stdout == b"Agent\n"
+
+
 async def test_a_lease_runs_commands_and_dies_with_the_block(manager: PoolManager, origin: Path) -> None:
     pool = await manager.create_pool("web", str(origin))
     async with pool.lease(metadata={"agent": 7}) as slot:

@@ -637,8 +637,8 @@ async def test_removing_a_slot_saves_what_was_left_there(manager: PoolManager, o
     await manager.create_pool("web", str(origin), num_slots=2)
     slot = await lease(manager)
     (slot.path / "note").write_text("n")
-    await manager._coordinator.force_unlock(slot.slot_id)  # and nobody has recovered it yet
-    await (await manager.get_pool("web")).notice_lost_leases()
+    await manager._shared.coordinator.force_unlock(slot.slot_id)  # and nobody has recovered it yet
+    await (await manager.get_pool("web")).watch.notice_lost()
     await manager.remove_slot(slot.slot_id)
     records = await manager.list_salvage()
     assert [(record.slot_id, record.reason) for record in records] == [(slot.slot_id, "forced")]

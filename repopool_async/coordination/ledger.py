@@ -4,12 +4,12 @@ A slot is held by its slot lock; its record is read, checked and written under i
 the other way round. Whoever writes has, under the record lock, read the record anew, found its own token in it, and
 seen that the file it locks is still the one that others try to lock. That is all exclusion rests on: views are hints.
 
-Tasks, cancellation and telling others are `coordination.files`' business.
+Whose a slot is by its record, and what the record becomes, `coordination.records` says; tasks, cancellation and telling
+others are `coordination.files`' business.
 """
 
 import functools
 import logging
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,8 +19,20 @@ from typing import Any, Final
 import attrs
 
 from repopool_async._clock import now
-from repopool_async._identity import boot_id, current_owner
+from repopool_async._identity import current_owner
 from repopool_async.coordination.base import Grant, Hold
+from repopool_async.coordination.records import (
+    after_use,
+    held_seconds_of,
+    is_expired,
+    is_kept_by_record,
+    keeping_expiry,
+    lease_of,
+    lost,
+    needs_recovery,
+    require_unexpired,
+    with_expiry,
+)
 from repopool_async.coordination.view import PoolView
 from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
 from repopool_async.lock_manager import HeldLock, LockManager
@@ -91,22 +103,22 @@ class Ledger:
         if lease.expires_boottime is None:
             raise ValueError(f"{grant.slot.slot_id}: the lease is not detached; claim it with detached_ttl")
         with self._own_record(grant) as stored:
-            self._require_unexpired(stored)
+            require_unexpired(stored, self._clock())
             ttl = lease.expires_boottime - lease.acquired_boottime
-            grant.slot = self._write(_with_expiry(stored, self._clock() + ttl))
+            grant.slot = self._write(with_expiry(stored, self._clock() + ttl))
         grant.lock.release_sync()
-        grant.lease = _lease_of(grant.slot)
+        grant.lease = lease_of(grant.slot)
         return grant.lease
 
     def renew(self, slot_id: str, token: int, ttl: float | None) -> Lease:
         """Move a detached lease's expiry."""
         with self._record(slot_id) as stored:
             if stored.state is not SlotState.ALLOCATED or stored.token != token:
-                raise _lost(stored, token)
-            self._require_unexpired(stored)
-            is_moved = ttl is not None and _lease_of(stored).is_detached
-            slot = self._write(_with_expiry(stored, self._clock() + (ttl or 0.0))) if is_moved else stored
-        return _lease_of(slot)
+                raise lost(stored, token)
+            require_unexpired(stored, self._clock())
+            is_moved = ttl is not None and lease_of(stored).is_detached
+            slot = self._write(with_expiry(stored, self._clock() + (ttl or 0.0))) if is_moved else stored
+        return lease_of(slot)
 
     def is_held(self, hold: Hold) -> bool:
         """Return whether a hold still stands."""
@@ -114,7 +126,7 @@ class Ledger:
             return bool(hold.lock.is_current())
         try:
             with self._record(hold.slot.slot_id) as stored:
-                return stored.token == hold.token and self._is_kept_by_record(stored)
+                return stored.token == hold.token and is_kept_by_record(stored, self._clock())
         except SlotNotFoundError:
             return False
 
@@ -128,9 +140,9 @@ class Ledger:
             return grant.slot
         with self._own_record(grant) as stored:
             if stored.state is not SlotState.ALLOCATED:
-                raise _lost(stored, grant.token)
-            held_seconds = self._held_seconds(stored)
-            grant.slot = self._write(_after_use(stored, held_seconds, LeaseEnd.RETURNED))
+                raise lost(stored, grant.token)
+            held_seconds = held_seconds_of(stored, self._clock())
+            grant.slot = self._write(after_use(stored, held_seconds, LeaseEnd.RETURNED))
         self._remember("released", grant.slot, held_seconds=held_seconds)
         return grant.slot
 
@@ -138,17 +150,17 @@ class Ledger:
         """End a detached lease whose token is known; the slot is held from then on."""
         with self._candidate(slot_id) as candidate:
             stored = candidate.stored
-            if stored.token != token or not self._is_kept_by_record(stored):
-                raise _lost(stored, token)
-            held_seconds = self._held_seconds(stored)
-            hold = candidate.keep(_after_use(stored, held_seconds, LeaseEnd.RETURNED), may_seize=True)
+            if stored.token != token or not is_kept_by_record(stored, self._clock()):
+                raise lost(stored, token)
+            held_seconds = held_seconds_of(stored, self._clock())
+            hold = candidate.keep(after_use(stored, held_seconds, LeaseEnd.RETURNED), may_seize=True)
         self._remember("released", hold.slot, held_seconds=held_seconds)
         return hold
 
     def update(self, hold: Hold, slot: Slot) -> Slot:
         """Write a held slot's record."""
         with self._own_record(hold) as stored:
-            hold.slot = self._write(_keeping_expiry(slot, stored))
+            hold.slot = self._write(keeping_expiry(slot, stored))
         return hold.slot
 
     def finish(self, hold: Hold, slot: Slot) -> Slot:
@@ -173,7 +185,7 @@ class Ledger:
             return None  # trying its lock would be in a claimer's way
         with self._candidate(slot_id) as candidate:
             stored = candidate.stored
-            if stored.state not in states or self._is_kept_by_record(stored) or not candidate.is_locked:
+            if stored.state not in states or is_kept_by_record(stored, self._clock()) or not candidate.is_locked:
                 return None
             slot = attrs.evolve(stored, token=stored.token + raise_token, state=becomes or stored.state)
             return candidate.keep(slot)
@@ -188,15 +200,16 @@ class Ledger:
             return None
         with self._candidate(slot_id) as candidate:
             stored = candidate.stored
-            is_expired = self._is_expired(stored)
-            if not self._needs_recovery(stored) or not (candidate.is_locked or is_expired):
+            at = self._clock()
+            has_expired = is_expired(stored, at)
+            if not needs_recovery(stored, at) or not (candidate.is_locked or has_expired):
                 return None
-            held_seconds = self._held_seconds(stored) if stored.state is SlotState.ALLOCATED else None
-            end = LeaseEnd.EXPIRED if is_expired else LeaseEnd.CRASHED
-            slot = attrs.evolve(_after_use(stored, held_seconds or 0.0, end), token=stored.token + 1)
-            hold = candidate.keep(slot, may_seize=is_expired)
-        self._remember("expired" if is_expired else "recovered", hold.slot, held_seconds=held_seconds)
-        if is_expired:
+            held_seconds = held_seconds_of(stored, at) if stored.state is SlotState.ALLOCATED else None
+            end = LeaseEnd.EXPIRED if has_expired else LeaseEnd.CRASHED
+            slot = attrs.evolve(after_use(stored, held_seconds or 0.0, end), token=stored.token + 1)
+            hold = candidate.keep(slot, may_seize=has_expired)
+        self._remember("expired" if has_expired else "recovered", hold.slot, held_seconds=held_seconds)
+        if has_expired:
             self._announce("lease.expired", hold.slot)
         return hold
 
@@ -206,9 +219,9 @@ class Ledger:
             is_leased = stored.state is SlotState.ALLOCATED
             if not is_leased and not self._locks.is_locked_sync(slot_id):
                 return stored
-            held_seconds = self._held_seconds(stored) if is_leased else None
+            held_seconds = held_seconds_of(stored, self._clock()) if is_leased else None
             is_broken = stored.state is SlotState.ERROR
-            after = stored if is_broken else _after_use(stored, held_seconds or 0.0, LeaseEnd.FORCED)
+            after = stored if is_broken else after_use(stored, held_seconds or 0.0, LeaseEnd.FORCED)
             # Killed between these two, we leave a holder whose token is stale; the other way round, the same.
             slot = self._write(attrs.evolve(after, token=stored.token + 1))
             self._locks.replace_sync(slot_id)
@@ -221,8 +234,8 @@ class Ledger:
         with self._record(slot_id) as stored:
             if stored.state is not SlotState.ALLOCATED or stored.token != token:
                 return False
-            held_seconds = self._held_seconds(stored)
-            slot = self._write(attrs.evolve(_after_use(stored, held_seconds, LeaseEnd.EXPIRED), token=token + 1))
+            held_seconds = held_seconds_of(stored, self._clock())
+            slot = self._write(attrs.evolve(after_use(stored, held_seconds, LeaseEnd.EXPIRED), token=token + 1))
             self._locks.replace_sync(slot_id)
         self._remember("expired", slot, held_seconds=held_seconds)
         self._announce("lease.expired", slot)
@@ -347,12 +360,12 @@ class Ledger:
                 ) from error
             if stored.token != hold.token or not self._is_still_held(hold, stored):
                 hold.lock.release_sync()
-                raise _lost(stored, hold.token)
+                raise lost(stored, hold.token)
             yield stored
 
     def _is_still_held(self, hold: Hold, stored: Slot) -> bool:
         return bool(hold.lock.is_current()) or (
-            isinstance(hold, Grant) and hold.lease.is_detached and self._is_kept_by_record(stored)
+            isinstance(hold, Grant) and hold.lease.is_detached and is_kept_by_record(stored, self._clock())
         )
 
     @contextmanager
@@ -377,45 +390,9 @@ class Ledger:
         self._view(slot.repo_name).put(slot)
         return slot
 
-    # -- who a slot belongs to -----------------------------------------------------------------------------------
-
-    def _is_kept_by_record(self, slot: Slot) -> bool:
-        """Return whether a slot is a detached lessee's, whoever locks it."""
-        lease = slot.lease
-        return slot.state is SlotState.ALLOCATED and lease is not None and lease.is_detached and self._is_live(lease)
-
-    def _is_expired(self, slot: Slot) -> bool:
-        """Return whether a slot was a detached lessee's, and nobody has taken it over yet."""
-        lease = slot.lease
-        is_detached = slot.state is SlotState.ALLOCATED and lease is not None and lease.is_detached
-        return is_detached and not self._is_kept_by_record(slot)
-
-    def _is_live(self, lease: Lease) -> bool:
-        # After another boot the clock started anew, so the expiry means nothing.
-        return lease.owner.boot_id == boot_id() and (
-            lease.expires_boottime is None or self._clock() < lease.expires_boottime
-        )
-
     def _looks_orphaned(self, slot: Slot) -> bool:
-        return self._needs_recovery(slot) and (self._is_expired(slot) or not self._locks.is_locked_sync(slot.slot_id))
-
-    def _needs_recovery(self, slot: Slot) -> bool:
-        """Return whether a slot must be cleaned before anybody gets it, unless somebody who locks it is at that."""
-        if slot.state is SlotState.AVAILABLE:
-            return slot.seal is None
-        return slot.state is not SlotState.ERROR and not self._is_kept_by_record(slot)
-
-    def _require_unexpired(self, stored: Slot) -> None:
-        if _lease_of(stored).is_detached and not self._is_kept_by_record(stored):
-            raise _lost(stored, stored.token)
-
-    def _held_seconds(self, slot: Slot) -> float:
-        """Return how long a lease has lasted; 0 where it began before the machine was booted."""
-        lease = slot.lease
-        if lease is None or lease.owner.boot_id != boot_id():
-            return 0.0
-        end = min(self._clock(), lease.expires_boottime if lease.expires_boottime is not None else math.inf)
-        return max(0.0, end - lease.acquired_boottime)
+        at = self._clock()
+        return needs_recovery(slot, at) and (is_expired(slot, at) or not self._locks.is_locked_sync(slot.slot_id))
 
     # -- telling -------------------------------------------------------------------------------------------------
 
@@ -493,38 +470,6 @@ def _ordered(slots: list[Slot], want: Want) -> list[Slot]:
         return ordered
     wanted = (slot for slot in ordered if slot.slot_id not in want.exclude)
     return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)
-
-
-def _after_use(slot: Slot, held_seconds: float, end: LeaseEnd) -> Slot:
-    """Return the record after a lease; how it ended is noted once, whatever happens to the slot before it is clean."""
-    unsaved = slot.unsaved or (str(end) if slot.state is SlotState.ALLOCATED else None)
-    total = slot.total_allocated_seconds + held_seconds
-    return attrs.evolve(cleaning(slot), total_allocated_seconds=total, unsaved=unsaved)
-
-
-def _with_expiry(slot: Slot, expires_boottime: float) -> Slot:
-    return attrs.evolve(slot, lease=attrs.evolve(_lease_of(slot), expires_boottime=expires_boottime))
-
-
-def _keeping_expiry(slot: Slot, stored: Slot) -> Slot:
-    if slot.lease is None or stored.lease is None or slot.lease.lease_id != stored.lease.lease_id:
-        return slot
-    return attrs.evolve(slot, lease=attrs.evolve(slot.lease, expires_boottime=stored.lease.expires_boottime))
-
-
-def _lease_of(slot: Slot) -> Lease:
-    if slot.lease is None:
-        raise StoreError(f"{slot.slot_id}: is {slot.state} without a lease; force_unlock sends it to recovery")
-    return slot.lease
-
-
-def _lost(stored: Slot, token: int) -> LeaseLostError:
-    return LeaseLostError(
-        f"{stored.slot_id}: the lease with token {token} has ended or was taken away (the slot is {stored.state} with "
-        f"token {stored.token} now); take a new lease",
-        repo_name=stored.repo_name,
-        slot_id=stored.slot_id,
-    )
 
 
 @functools.lru_cache(maxsize=1)

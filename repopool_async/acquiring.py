@@ -1,0 +1,322 @@
+"""Takes slots for lessees: resolve the ref, wait for the turn, claim a slot, prepare it, hand it out.
+
+One deadline covers it all, and whatever interrupts it, the slot goes back. Which slot is free is the coordinator's
+business, what preparing one takes the cleaner's.
+"""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+import attrs
+
+from repopool_async import origins
+from repopool_async._aio import Deadline, Interruptions, shielded
+from repopool_async._clock import boottime
+from repopool_async._git_arguments import validate_branch_name
+from repopool_async._identity import new_lease_id
+from repopool_async.components import PoolContext
+from repopool_async.coordination.base import Grant
+from repopool_async.deadlocks import Deadlocks
+from repopool_async.disk_full import is_passing, passing_told
+from repopool_async.exceptions import (
+    CleanupError,
+    ManagerClosedError,
+    PoolNotFoundError,
+    PoolTimeoutError,
+    SlotAllocationError,
+    TooManyRequestsError,
+)
+from repopool_async.models import ResolvedRef, Slot, SlotState
+from repopool_async.open_leases import OpenLease, OpenLeases
+from repopool_async.origins import Origin
+from repopool_async.releasing import Releaser
+from repopool_async.slot_keeper import SlotKeeper
+from repopool_async.wait_queue import WaitQueue
+from repopool_async.workspaces.base import Checkout
+
+_POLL_SECONDS: Final = (0.002, 0.1)
+_STALE_WAIT_SECONDS: Final = 1.0
+"""After waiting longer than this for a slot, the remote is asked again, so that a lessee gets what is new by then."""
+_RECOVERY_SECONDS: Final = 1.0
+"""How often the head of the queue looks for slots of dead owners while it waits."""
+
+
+@attrs.define
+class _Attempt:
+    """One request for a lease, while it is being served."""
+
+    ref: str | None
+    new_branch: str | None
+    metadata: Mapping[str, Any]
+    priority: int
+    timeout: float | None
+    waits_for_cleaning: bool
+    ttl: float | None
+    origin: Origin = attrs.field(init=False)
+    is_deadlock_told: bool = False
+    phase: str = "fetch"
+    started: float = attrs.field(factory=boottime)
+    deadline: Deadline = attrs.field(init=False)
+
+    retry_priority: Final[int] = 1 << 30
+
+    def __attrs_post_init__(self) -> None:
+        # A timeout of 0 means one try: no waiting for a slot, but the try itself may take what it takes.
+        self.deadline = Deadline.after(self.timeout or None)
+
+
+class Acquirer:
+    """Takes the slots of one pool, one request after the other."""
+
+    def __init__(self, context: PoolContext, leases: OpenLeases, keeper: SlotKeeper, releaser: Releaser) -> None:
+        self._pool = context
+        self._leases = leases
+        self._keeper = keeper
+        self._releaser = releaser
+        self._queue = WaitQueue()
+        self._deadlocks = Deadlocks(leases)
+        self._attempts = Interruptions()
+        self._is_closing = False
+        self._is_retired = False
+
+    @property
+    def waiting(self) -> int:
+        """How many requests of this process wait for a slot."""
+        return len(self._queue)
+
+    async def acquire(
+        self,
+        *,
+        ref: str | None,
+        timeout: float | None,
+        new_branch: str | None,
+        metadata: Mapping[str, Any],
+        priority: int,
+        waits_for_cleaning: bool = False,
+        ttl: float | None = None,
+    ) -> OpenLease:
+        """Take a slot and make it a lease; see `RepoPool.lease` and `RepoPool.allocate` for what is raised."""
+        if new_branch is not None:
+            validate_branch_name(new_branch)
+        self._refuse_if_closing()
+        wanted = ref if ref is not None else self._pool.options.default_ref
+        attempt = _Attempt(wanted, new_branch, metadata, priority, timeout, waits_for_cleaning, ttl)
+        attempt.origin = origins.here(is_whole=self._pool.options.leak_warning is not None)
+        self._pool.parts.allocator.record_request(self._pool.name)
+        try:
+            with passing_told(self._pool.name):
+                async with self._attempts.allowed(attempt.deadline.remaining(), _closed(self._pool.name)):
+                    return await self._try(attempt)
+        except PoolTimeoutError:
+            self._pool.parts.allocator.record_timeout(self._pool.name)
+            raise
+        except TimeoutError:
+            self._pool.parts.allocator.record_timeout(self._pool.name)
+            raise await self._timed_out(attempt) from None
+
+    async def _try(self, attempt: _Attempt) -> OpenLease:
+        resolved = await self._resolve(attempt.ref)
+        while True:
+            attempt.phase = "queue"
+            grant = await self._claim_in_turn(attempt, resolved)
+            try:
+                attempt.phase = "fetch"
+                if boottime() - attempt.started > _STALE_WAIT_SECONDS:
+                    resolved = await self._resolve(attempt.ref)
+                attempt.phase = "checkout"
+                opened = await self._hand_out(attempt, grant, resolved)
+            except BaseException as error:
+                await shielded(self._releaser.take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
+                if not isinstance(error, CleanupError) or is_passing(error):
+                    raise
+                attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
+            else:
+                return opened
+
+    async def _resolve(self, ref: str | None) -> ResolvedRef:
+        mirror = self._pool.parts.mirror
+        fetched = False
+        if self._pool.options.fetch_on_allocate:
+            fetched = await mirror.refresh(max_age=self._pool.options.fetch_max_age)
+        try:
+            return await mirror.resolve(ref)
+        except LookupError:
+            if fetched or not self._pool.options.fetch_on_allocate:
+                raise
+            await mirror.fetch()  # what we served from may be older than the ref
+            return await mirror.resolve(ref)
+
+    async def _claim_in_turn(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
+        self._refuse_if_too_many()
+        async with self._deadlocks.noted_as_waiting(), self._queue.turn(attempt.priority):
+            grant = await self._claim(attempt, resolved)
+            if grant is not None:
+                return grant
+            if self._keeper.clean_wanted():
+                attempt.waits_for_cleaning = True  # even one try: the slot is free, it only was not cleaned yet
+            elif self._pool.options.max_waiting == 0:
+                self._too_many()
+            return await self._claim_when_free(attempt, resolved)
+
+    async def _claim_when_free(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
+        """Poll for other processes' releases (our own wake us), in order of the processes' tickets."""
+        delay = _POLL_SECONDS[0]
+        async with self._pool.parts.coordinator.ticket(self._pool.name) as ticket:
+            while True:
+                self._refuse_if_closing()
+                self._pool.changed.clear()
+                if await ticket.is_first():
+                    grant = await self._claim(attempt, resolved, has_ticket=True)
+                    if grant is not None:
+                        return grant
+                await self._look_around(attempt)
+                await self._wait_for_change(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                delay = min(delay * 2, _POLL_SECONDS[1])
+
+    async def _claim(self, attempt: _Attempt, resolved: ResolvedRef, *, has_ticket: bool = False) -> Grant | None:
+        return await self._pool.parts.coordinator.claim(
+            self._pool.name,
+            commit=resolved.commit,
+            branch=resolved.branch,
+            ref=resolved.asked,
+            lease_id=new_lease_id(),
+            metadata=attempt.metadata,
+            detached_ttl=attempt.ttl,
+            wait_seconds=boottime() - attempt.started,
+            stand_back=not has_ticket,
+        )
+
+    async def _look_around(self, attempt: _Attempt) -> None:
+        """While nothing is free: recover what dead owners left, and give up where waiting cannot help."""
+        if boottime() - self._keeper.last_recovery > _RECOVERY_SECONDS:
+            await self._keeper.recover()
+        slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
+        if all(slot.state is SlotState.ERROR for slot in slots):
+            reasons = "; ".join(f"{slot.slot_id}: {slot.error}" for slot in slots) or "it has none"
+            raise SlotAllocationError(
+                f"{self._pool.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
+                repo_name=self._pool.name,
+            )
+        self._tell_deadlock(attempt, slots)
+        # A cleaning may have ended since the claim found nothing: then the next claim will find it.
+        is_cleaning = any(slot.state in (SlotState.CLEANING, SlotState.AVAILABLE) for slot in slots)
+        if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self._keeper.returning)):
+            raise await self._timed_out(attempt, slots)
+
+    async def _wait_for_change(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._pool.changed.wait()
+        except TimeoutError:
+            return
+
+    async def _hand_out(self, attempt: _Attempt, grant: Grant, resolved: ResolvedRef) -> OpenLease:
+        checkout = Checkout(
+            commit=resolved.commit,
+            branch=attempt.new_branch or resolved.branch,
+            is_tracking=attempt.new_branch is None,
+        )
+        result = await self._pool.parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+        lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
+        if (lease, result.seal) != (grant.lease, grant.slot.seal):
+            slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
+            grant.slot = await self._pool.parts.coordinator.update(grant, slot)
+            grant.lease = lease
+        if attempt.ttl is not None:
+            lease = await self._pool.parts.coordinator.detach(grant)
+        waited = boottime() - attempt.started
+        self._pool.parts.allocator.record_allocation(self._pool.name, waited, warm="warm" in result.steps)
+        self._pool.parts.emit(
+            "slot.allocated", {"slot_id": grant.slot.slot_id, "lease_id": lease.lease_id, "wait_seconds": waited}
+        )
+        return self._leases.open(grant, attempt.origin)
+
+    async def _timed_out(self, attempt: _Attempt, slots: list[Slot] | None = None) -> PoolTimeoutError:
+        slots = slots if slots is not None else await self._pool.parts.coordinator.list_slots(self._pool.name)
+        holders = tuple(self._leases.describe_holder(slot) for slot in slots)
+        deadlock = self._deadlocks.reason(slots) if attempt.phase == "queue" else ""
+        waited = "at once" if attempt.timeout == 0 else f"within {attempt.timeout:g} s"
+        what = {
+            "queue": "no slot became free; raise the timeout or num_slots, or return slots sooner",
+            "fetch": "the remote had not answered; raise the timeout or check the network",
+            "checkout": "the check-out was not finished; raise the timeout",
+        }[attempt.phase]
+        what = deadlock or what
+        listing = "".join(f"\n  {line}" for line in holders)
+        return PoolTimeoutError(
+            f"{self._pool.name}: no lease {waited}: {what}{listing}",
+            repo_name=self._pool.name,
+            timeout_seconds=attempt.timeout,
+            phase=attempt.phase,
+            holders=holders,
+            is_self_wait=bool(deadlock),
+        )
+
+    def _tell_deadlock(self, attempt: _Attempt, slots: list[Slot]) -> None:
+        """Tell at once of a wait that no time-out ends."""
+        if attempt.timeout is not None or attempt.is_deadlock_told:
+            return
+        deadlock = self._deadlocks.reason(slots) if self._deadlocks.do_all_holders_wait(slots) else ""
+        if deadlock:
+            attempt.is_deadlock_told = True
+            self._pool.parts.emit("lease.deadlock", {"repo_name": self._pool.name, "reason": deadlock})
+
+    # -- whom to refuse -------------------------------------------------------------------------------------------
+
+    def _refuse_if_closing(self) -> None:
+        if self._is_closing:
+            raise _closed(self._pool.name)
+        if self._is_retired:
+            raise _retired(self._pool.name)
+
+    def _refuse_if_too_many(self) -> None:
+        bound = self._pool.options.max_waiting
+        if bound is None:
+            return
+        in_use = len(self._leases) + len(self._keeper.returning)
+        if len(self._queue) >= bound + max(0, self._pool.record.num_slots - in_use):
+            self._too_many()
+
+    def _too_many(self) -> NoReturn:
+        name, bound = self._pool.name, self._pool.options.max_waiting
+        self._pool.parts.allocator.record_rejection(name)
+        raise TooManyRequestsError(
+            f"{name}: {len(self._queue)} requests wait already (max_waiting: {bound}); try later", repo_name=name
+        )
+
+    def retire(self) -> None:
+        """Give no more leases, to nobody who waits either; leases under way go on, and slots stay."""
+        self._is_retired = True
+        self._queue.refuse(_retired(self._pool.name))
+        self._pool.changed.set()
+
+    def reinstate(self) -> None:
+        """Give leases again after `retire`."""
+        if self._is_retired and not self._is_closing:
+            self._is_retired = False
+            self._queue.accept()
+
+    def refuse(self) -> None:
+        """Fail all waiters at once and let nobody queue any more."""
+        self._is_closing = True
+        self._attempts.begin()
+        self._queue.refuse(_closed(self._pool.name))
+        self._pool.changed.set()
+
+    async def interrupt(self) -> None:
+        """End every request under way with `ManagerClosedError`, and wait until they have ended."""
+        await self._attempts.interrupt()
+
+
+def _closed(name: str) -> ManagerClosedError:
+    return ManagerClosedError(f"{name}: the pool is closed; open a new PoolManager", repo_name=name)
+
+
+def _retired(name: str) -> PoolNotFoundError:
+    return PoolNotFoundError(
+        f"{name}: was removed from the configuration, so no slot of it is leased any more; put it back there, or call "
+        f"create_pool; delete_pool deletes it",
+        repo_name=name,
+    )
