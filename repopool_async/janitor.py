@@ -21,6 +21,7 @@ from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState, StaleLock
 from repopool_async.repo_pool import RepoPool
+from repopool_async.salvage import SALVAGE_LOCKS
 from repopool_async.slot_store import SlotStore
 
 _log: Final = logging.getLogger("repopool")
@@ -142,7 +143,7 @@ class Janitor:
         return report
 
     async def _do_chores(self, report: SweepReport, *, is_asked: bool) -> None:
-        report.stale_locks = await self._locks.cleanup_stale_locks(spared_prefix=MIRROR_LOCKS)
+        report.stale_locks = await self._locks.cleanup_stale_locks(spared_prefix=(MIRROR_LOCKS, SALVAGE_LOCKS))
         for pool in list(self._pools()):
             try:
                 await pool.keeper.tidy_salvage()

@@ -9,7 +9,7 @@ from typing import Final
 from repopool_async._clock import boottime
 from repopool_async.components import PoolContext
 from repopool_async.coordination.records import is_expired
-from repopool_async.models import Slot
+from repopool_async.models import Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
 from repopool_async.slot_keeper import SlotKeeper
 
@@ -79,6 +79,8 @@ class LeaseWatch:
         seconds. What it left is saved unless `salvage` is `never`.
         """
         slot = await self._pool.parts.coordinator.force_unlock(slot_id)
+        if slot.state is SlotState.CLEANING:
+            await self._keeper.interrupt(slot_id)
         await self.notice_lost()
         await self._keeper.recover()
         self._pool.changed.set()

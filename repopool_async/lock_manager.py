@@ -38,7 +38,7 @@ POLL_SECONDS: Final = (0.002, 0.1)
 
 _RECORD_TIMEOUT_SECONDS: Final = 10.0
 _RECORD_POLL_SECONDS: Final = (0.00002, 0.002)
-_UNSIGNED_SECONDS: Final = 0.1
+_UNSIGNED_SECONDS: Final = 0.5  # looking takes microseconds, but on a busy machine whoever looks may be interrupted
 _TEXT_BYTES: Final = 256
 _SECONDS_PER_HOUR: Final = 3600.0
 
@@ -252,12 +252,13 @@ class LockManager:
         return await in_thread(self._stale_locks, older_than_hours, False)
 
     async def cleanup_stale_locks(
-        self, *, older_than_hours: float | None = None, spared_prefix: str | None = None
+        self, *, older_than_hours: float | None = None, spared_prefix: str | tuple[str, ...] = ()
     ) -> list[StaleLock]:
         """Erase the signatures that `detect_stale_locks` finds and return them (9.4).
 
         Args:
-            spared_prefix: locks whose names begin so keep theirs, because their next holder must know (`was_left`).
+            spared_prefix: locks whose names begin so (with any of several) keep theirs, because their next holder must
+                know (`was_left`).
         """
         return await in_thread(self._stale_locks, older_than_hours, True, spared_prefix)
 
@@ -327,13 +328,13 @@ class LockManager:
         return is_locked
 
     def _stale_locks(
-        self, older_than_hours: float | None, is_erased: bool, spared_prefix: str | None = None
+        self, older_than_hours: float | None, is_erased: bool, spared_prefix: str | tuple[str, ...] = ()
     ) -> list[StaleLock]:
         found = []
         with _translated(self._directory, None):
             for name in sorted(_names_in(self._directory)):
                 match = _LOCK_NAME.fullmatch(name)
-                if match is not None and not (spared_prefix and match["id"].startswith(spared_prefix)):
+                if match is not None and not match["id"].startswith(spared_prefix):
                     stale = _stale_lock(match["id"], f"{self._directory}/{name}")
                     if stale is not None and _is_older(stale, older_than_hours):
                         found.append(stale)

@@ -249,6 +249,13 @@ class Mirror:
         """Forget the commit a removed slot stood on."""
         await self._host.apply([RemoveFile(f"{self.path}/refs/repopool/keep/{slot_id}")])
 
+    async def unkeep_matching(self, *patterns: str) -> None:
+        """Forget the commits kept under names that match, packed refs or not."""
+        async with self._alone():
+            named = [f"refs/repopool/keep/{pattern}" for pattern in patterns]
+            kept = await self._git.run("for-each-ref", "--format=delete %(refname)", *named)
+            await self._git.change_refs(kept.stdout)
+
     async def maintain(self) -> None:
         """Repack incrementally and pack refs; nothing is pruned. Call it when the pool is idle."""
         async with self._alone():

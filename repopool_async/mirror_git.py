@@ -45,6 +45,13 @@ class MirrorGit:
         """Run git in the mirror, or in `git_dir`."""
         return await self.runner.run(*args, git_dir=git_dir or self.path, ok_codes=ok, repo_name=self.repo_name)
 
+    async def change_refs(self, commands: bytes) -> None:
+        """Do what `update-ref --stdin` takes."""
+        await self.runner.run(
+            "update-ref", "--stdin", git_dir=self.path, input=commands, repo_name=self.repo_name,
+            env={WORK_MARK: self.path},
+        )  # fmt: skip
+
     async def peel(self, revision: str, directory: str | None = None) -> str | None:
         """Return the commit that a revision leads to; None where there is none."""
         result = await self.run(

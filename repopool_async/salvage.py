@@ -6,23 +6,27 @@ other branches and the stashes; what else is known is JSON in its message. Readi
 `salvage_reader`'s business; when a lease's work is due to be saved is the keeper's.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from uuid import uuid4
 
 import attrs
 
 from repopool_async._clock import now
 from repopool_async._codec import CodecError, dumps, loads
-from repopool_async._git import GitRunner, validate_branch_name
+from repopool_async._git import WORK_MARK, GitRunner, validate_branch_name
 from repopool_async.exceptions import RefError, SalvageNotFoundError
-from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDirectory, WriteFile
+from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CommandResult, GitResult, RestoredSalvage, SalvageRecord, Slot
 from repopool_async.salvage_reader import LeftWork, SalvageReader
 from repopool_async.workspaces.base import WorkspaceStrategy
+
+SALVAGE_LOCKS: Final = "salvage-"
+"""How the locks of pools' saved work begin; whoever holds one next must know that its last holder died."""
 
 _REFS: Final = "refs/salvage"
 _IDENTITY: Final = {
@@ -100,15 +104,17 @@ class Salvage:
         remains = await self._workspace.remains(slot)
         if remains is None:
             return None
-        directory = f"{self._work_path}/{salvage_id}"
+        common = f"{self._work_path}/{salvage_id}"
+        directory = f"{common}.{slot.token}"  # whoever takes the slot over meanwhile has a greater token
         reader = SalvageReader(
-            slot, remains, directory, host=self._host, git=self._git, mirror=self._mirror, limit_bytes=limit_bytes
-        )
+            slot, remains, directory, f"{common}/nested",
+            host=self._host, git=self._git, mirror=self._mirror, limit_bytes=limit_bytes,
+        )  # fmt: skip
         work = await reader.read()
         record = None
         if work is not None:
             record = await self._keep(_record(slot, salvage_id, remains.base, work), work, reader.repository)
-        await self._host.apply([Discard(directory, self._trash)])
+        await self._host.apply([Discard(directory, self._trash), Discard(common, self._trash)])
         return record
 
     async def set_aside(self, slot: Slot, why: BaseException) -> str:
@@ -121,14 +127,16 @@ class Salvage:
         target = f"{self.failed_path}/{salvage_id}"
         about = {"slot": slot.slot_id, "why": str(why) or type(why).__name__, "at": now().isoformat()}
         text = "".join(f"{name}: {value}\n" for name, value in about.items())
-        work = f"{self._work_path}/{salvage_id}"
+        common = f"{self._work_path}/{salvage_id}"
         await self._host.apply(
             [
                 MakeDirectory(target),
                 WriteFile(f"{target}/about.txt", text.encode(errors="surrogateescape")),
+                # The tree last: without it whoever comes after a death here finds nothing to save, and this to sweep.
+                Discard(f"{common}/nested", f"{target}/nested"),
                 Discard(slot.path, f"{target}/trees"),
-                Discard(f"{work}/nested", f"{target}/nested"),
-                Discard(work, self._trash),
+                Discard(f"{common}.{slot.token}", self._trash),
+                Discard(common, self._trash),
             ]
         )
         return target
@@ -137,7 +145,7 @@ class Salvage:
         """Make the commit, bring it and all that it needs into `salvage.git`, and only then name it."""
         commit = await self._commit(record, work, repository)
         boundary = await self._boundary(commit, repository)
-        async with self._locked():
+        async with self._alone():
             await self._make_repository()
             revisions = "".join(f"{line}\n" for line in (commit, "--not", *boundary)).encode()
             await self._git.run(
@@ -148,7 +156,7 @@ class Salvage:
             for number, base in enumerate(boundary):
                 await self._mirror.keep(f"salvage-{record.salvage_id}-{number}", base)
             await self._run("rev-list", "--objects", "--quiet", commit, "--not", "--alternate-refs")
-            await self._run("update-ref", "--no-deref", f"{_REFS}/{record.salvage_id}", commit, config=_DURABLE)
+            await self._change("update-ref", "--no-deref", f"{_REFS}/{record.salvage_id}", commit)
         return attrs.evolve(record, commit=commit)
 
     async def _commit(self, record: SalvageRecord, work: LeftWork, repository: str) -> str:
@@ -306,26 +314,45 @@ class Salvage:
         if names:
             kept = await in_use()
             await self._host.apply(
-                [Discard(f"{self._work_path}/{name}", self._trash) for name in names if name not in kept]
+                [
+                    Discard(f"{self._work_path}/{name}", self._trash)
+                    for name in names
+                    if name.partition(".")[0] not in kept
+                ]
             )
 
     async def _forget(self, salvage_ids: list[str]) -> None:
-        async with self._locked():
+        async with self._alone():
             asked = "".join(f"delete {_REFS}/{salvage_id}\n" for salvage_id in salvage_ids).encode()
-            await self._run("update-ref", "--no-deref", "--stdin", input=asked)
-            await self._run("repack", "-a", "-d", "-l", "-q")
-            await self._run("prune", "--expire=now")
-        patterns = [f"refs/repopool/keep/salvage-{salvage_id}-*" for salvage_id in salvage_ids]
-        mirror = self._mirror.path
-        kept = await self._git.run("for-each-ref", "--format=delete %(refname)", *patterns, git_dir=mirror)
-        await self._git.run("update-ref", "--stdin", git_dir=mirror, input=kept.stdout)
+            await self._change("update-ref", "--no-deref", "--stdin", input=asked)
+            await self._change("repack", "-a", "-d", "-l", "-q")
+            await self._change("prune", "--expire=now")
+        await self._mirror.unkeep_matching(*(f"salvage-{salvage_id}-*" for salvage_id in salvage_ids))
 
-    def _locked(self) -> Any:
-        """Exclude others: what was packed and is not named yet would be pruned."""
-        return self._locks.acquire_slot_lock(f"salvage-{self._repo_name}", timeout=None)
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Exclude others for the block: what was packed and is not named yet would be pruned."""
+        async with self._locks.acquire_slot_lock(f"{SALVAGE_LOCKS}{self._repo_name}", timeout=None) as held:
+            if held.was_left:
+                await self._clear_up()
+            yield
 
-    async def _run(self, *args: str, input: bytes | None = None, config: Mapping[str, str] | None = None) -> GitResult:
-        return await self._git.run(*args, git_dir=self.path, input=input, config=config, repo_name=self._repo_name)
+    async def _clear_up(self) -> None:
+        """End the git of a holder that died, and remove the locks that a killed git leaves."""
+        await self._host.end_processes(mark=f"{WORK_MARK}={self.path}", tree=self.path)
+        refs = [f"{_REFS}/{name}" for name in await self._host.list_directory(f"{self.path}/{_REFS}")]
+        stale = ["packed-refs.lock", "shallow.lock", *(name for name in refs if name.endswith(".lock"))]
+        await self._host.apply([RemoveFile(f"{self.path}/{name}") for name in stale])
+
+    async def _run(self, *args: str) -> GitResult:
+        return await self._git.run(*args, git_dir=self.path, repo_name=self._repo_name)
+
+    async def _change(self, *args: str, input: bytes | None = None) -> None:
+        """Run git that writes; whoever holds the lock after our death ends it."""
+        await self._git.run(
+            *args, git_dir=self.path, input=input, config=_DURABLE, repo_name=self._repo_name,
+            env={WORK_MARK: self.path},
+        )  # fmt: skip
 
 
 def _id_of(slot: Slot) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from repopool_async._git import GitRunner, validate_branch_name
+from repopool_async._git import WORK_MARK, GitRunner, validate_branch_name
 from repopool_async.exceptions import RefError, SalvageError
 from repopool_async.git_directory import pristine_steps
 from repopool_async.hosts.base import CopyFile, Discard, Host, MakeDirectory, RemoveFile, Wanted, WriteFile
@@ -94,11 +94,11 @@ class SalvageReader:
     """Reads one lease's remains into `directory`, which is the reader's own until it is discarded.
 
     Args:
+        nested: where the git directories of repositories inside the tree are moved; nothing else keeps them.
         git: the pool's. limit_bytes: how much may be saved.
 
     Attributes:
         repository: a git directory of ours that holds what was read.
-        nested: where the git directories of repositories inside the tree are moved; nothing else keeps them.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class SalvageReader:
         slot: Slot,
         remains: Remains,
         directory: str,
+        nested: str,
         *,
         host: Host,
         git: GitRunner,
@@ -113,7 +114,7 @@ class SalvageReader:
         limit_bytes: int,
     ) -> None:
         self.repository: Final = f"{directory}/git"
-        self.nested: Final = f"{directory}/nested"
+        self._nested = nested
         self._directory = directory
         self._slot = slot
         self._remains = remains
@@ -171,7 +172,7 @@ class SalvageReader:
         shallow = CopyFile(f"{self._mirror.path}/shallow", f"{self.repository}/shallow", is_optional=True)
         index = CopyFile(self._remains.index, f"{self.repository}/index")
         trash = f"{self._directory}/old"
-        await self._host.apply([Discard(self.repository, trash), *steps, shallow, index, MakeDirectory(self.nested)])
+        await self._host.apply([Discard(self.repository, trash), *steps, shallow, index, MakeDirectory(self._nested)])
 
     async def _import_objects(self) -> None:
         snapshot = await self._mirror.snapshot()
@@ -308,7 +309,7 @@ class SalvageReader:
             )
         root = self._slot.path
         await self._host.remove_entries(root, inspection.special, trash=f"{self._directory}/old")
-        await self._host.remove_entries(root, inspection.repositories, trash=self.nested)
+        await self._host.remove_entries(root, inspection.repositories, trash=self._nested)
         self._odd += [f"{name}: is a fifo, socket or device" for name in inspection.special]
         self._odd += [f"{name}: is a repository of its own; its files are saved, not its history"
                       for name in inspection.repositories]  # fmt: skip
@@ -376,8 +377,9 @@ class SalvageReader:
 
     async def _run(self, *args: str, input: bytes | None = None, is_checked: bool = True) -> GitResult:
         return await self._git.run(
-            *args, git_dir=self.repository, input=input, check=is_checked, slot_id=self._slot.slot_id
-        )
+            *args, git_dir=self.repository, input=input, check=is_checked, slot_id=self._slot.slot_id,
+            env={WORK_MARK: self._slot.path},
+        )  # fmt: skip
 
     async def _run_in_tree(
         self, *args: str, input: bytes | None = None, is_checked: bool = True, ok_codes: tuple[int, ...] = (0,)
@@ -385,7 +387,7 @@ class SalvageReader:
         tree = self._slot.path
         return await self._git.run(
             *args, git_dir=self.repository, work_tree=tree, cwd=tree, input=input, check=is_checked, ok_codes=ok_codes,
-            slot_id=self._slot.slot_id,
+            slot_id=self._slot.slot_id, env={WORK_MARK: tree},
         )  # fmt: skip
 
 

@@ -83,8 +83,12 @@ def available(slot: Slot, seal: Seal, now: datetime) -> Slot:
 
 
 def broken(slot: Slot, reason: str) -> Slot:
-    """Return the record of a quarantined slot (9.5). The seal stays: it says what a repair shall restore."""
-    return attrs.evolve(slot, state=SlotState.ERROR, lease=None, error=reason)
+    """Return the record of a quarantined slot (9.5). The seal stays: it says what a repair shall restore.
+
+    So does a lease whose work is unsaved: it says under which id, and whose it is.
+    """
+    lease = slot.lease if slot.unsaved else None
+    return attrs.evolve(slot, state=SlotState.ERROR, lease=lease, error=reason)
 
 
 class SlotAllocator:

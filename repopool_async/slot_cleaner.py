@@ -159,8 +159,7 @@ class SlotCleaner:
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
-        # The dead owner's own git outlives it: in a session of its own, it may be amid a check-out.
-        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=slot.path)
+        await self._end_work(slot)
         first = await self._end_lease(slot)
         return await self._climb(_Log(slot, "recover"), slot, checkout, first=first, falls_back=True)
 
@@ -255,8 +254,13 @@ class SlotCleaner:
         return await self._sealed(log, slot, checkout, work)
 
     async def end_lease(self, slot: Slot) -> None:
-        """End what the last lease left running; cleaning does so by itself."""
+        """End what the last lease, and whoever died at cleaning it, left running; cleaning does so by itself."""
+        await self._end_work(slot)
         await self._end_lease(slot)
+
+    async def _end_work(self, slot: Slot) -> None:
+        """End the git of a dead owner: in a session of its own it outlives it, perhaps amid a check-out."""
+        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=slot.path)
 
     @property
     def _ordinary_rung(self) -> Rung:

@@ -8,11 +8,12 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Final
 
+import anyio
 import attrs
 
 from repopool_async._aio import Deadline, TaskSet, shielded, together
@@ -38,6 +39,8 @@ _log: Final = logging.getLogger("repopool")
 
 _RETRY_SECONDS: Final = 0.1
 _TIDYING_SECONDS: Final = 600.0
+_WATCH_SECONDS: Final = 0.1
+"""How often a cleaner looks whether its slot was taken away."""
 
 _Work = Callable[[Checkout], Awaitable[CleanupResult]]
 
@@ -103,7 +106,7 @@ class SlotKeeper:
     async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
         """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
         try:
-            async with self._pool.parts.cleaning:
+            async with self._pool.parts.cleaning, self._while_it_stands(hold):
                 slot, work = await self._save_work(hold, slot, work)
                 async with asyncio.timeout(self._pool.options.cleanup_timeout):
                     result: CleanupResult = await work(await self._standing(slot))
@@ -122,9 +125,43 @@ class SlotKeeper:
             await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot.slot_id}")
             raise
         finally:
-            self._returning.pop(slot.slot_id, None)
-            self._holds.pop(slot.slot_id, None)
+            # Where the slot was taken away, another task of ours may be at it by now.
+            if self._returning.get(slot.slot_id) is asyncio.current_task():
+                self._returning.pop(slot.slot_id)
+            if self._holds.get(slot.slot_id) is hold:
+                self._holds.pop(slot.slot_id)
             self._pool.changed.set()
+
+    @asynccontextmanager
+    async def _while_it_stands(self, hold: Hold) -> AsyncIterator[None]:
+        """Interrupt the block, with `LeaseLostError`, where the slot is taken away: whoever did is in the tree now."""
+        with anyio.CancelScope() as scope:
+            watcher = self._tasks.spawn(self._watch(hold, scope), name=f"watch-{hold.slot.slot_id}")
+            try:
+                yield
+            finally:
+                watcher.cancel()
+        if scope.cancelled_caught:
+            raise LeaseLostError(
+                f"{hold.slot.slot_id}: was taken away while being cleaned",
+                slot_id=hold.slot.slot_id,
+                repo_name=self._pool.name,
+            )
+
+    async def _watch(self, hold: Hold, scope: anyio.CancelScope) -> None:
+        held = Hold(hold.slot, hold.token, hold.lock)  # no longer a lease, which a grant is asked for
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if not await self._pool.parts.coordinator.is_held(held):
+                scope.cancel()
+                return
+
+    async def interrupt(self, slot_id: str) -> None:
+        """End this process's cleaning of a slot that was taken away."""
+        task = self._returning.get(slot_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _save_work(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, _Work]:
         """Save what the last lease left, where that is due, and return what to go on with.
@@ -139,6 +176,8 @@ class SlotKeeper:
                 await self._pool.parts.cleaner.end_lease(slot)
                 record = await self._pool.parts.salvage.save(slot, limit_bytes=self._pool.options.salvage_limit)
         except Exception as error:  # noqa: BLE001 - whatever it is, the work must be kept and the slot must go on
+            # Where the slot was taken away, this raises: the tree is another's now.
+            await self._pool.parts.coordinator.update(hold, slot)
             path = await self._pool.parts.salvage.set_aside(slot, error)
             self._pool.parts.emit(
                 "slot.salvage_failed", {**about, "error": str(error) or type(error).__name__, "path": path}
@@ -194,13 +233,14 @@ class SlotKeeper:
     async def quarantine(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Isolate a held slot with the reason (9.5) and let go of it."""
         reason = str(error) or f"not finished within {self._pool.options.cleanup_timeout:g} s (cleanup_timeout)"
-        self._pool.parts.emit("slot.quarantined", {"slot_id": slot.slot_id, "reason": reason})
         try:
             await self._pool.parts.coordinator.finish(hold, broken(slot, reason))
         except LeaseLostError:
             _log.warning("%s: was taken away while being cleaned", slot.slot_id)
         except StoreError as failure:
             await self._postpone(hold, slot, failure)
+        else:
+            self._pool.parts.emit("slot.quarantined", {"slot_id": slot.slot_id, "reason": reason})
 
     async def _postpone(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Let go of a slot that cannot be cleaned or recorded now; recovery tries again, by whomever."""
@@ -249,7 +289,7 @@ class SlotKeeper:
                     slot_id, states=frozenset(SlotState) - {SlotState.ALLOCATED}, becomes=SlotState.CLEANING
                 )
                 if hold is not None:
-                    await self._remove_held(hold)
+                    await self._save_and_remove(hold)
                     removed.append(slot_id)
         await self._surplus()  # which notes when none is left
         return removed
@@ -369,12 +409,15 @@ class SlotKeeper:
             SlotInUseError: it is leased (7.4). SlotNotFoundError: there is none. TimeoutError: it was busy too long.
         """
         hold = await self._hold(slot_id)
-        if saves_work:
-            try:
-                await self._save_work(hold, hold.slot, self._making_anew(hold.slot))
-            except BaseException:
-                await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
-                raise
+        await (self._save_and_remove(hold) if saves_work else self._remove_held(hold))
+
+    async def _save_and_remove(self, hold: Hold) -> None:
+        """Delete a held slot, once what a lessee that ended badly left there is saved; the saver may have died."""
+        try:
+            await self._save_work(hold, hold.slot, self._making_anew(hold.slot))
+        except BaseException:
+            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{hold.slot.slot_id}")
+            raise
         await self._remove_held(hold)
 
     async def _remove_held(self, hold: Hold) -> None:
@@ -401,15 +444,19 @@ class SlotKeeper:
         return True
 
     async def drop_quarantined_trees(self) -> list[str]:
-        """Delete the trees of quarantined slots, which a repair makes anew; return the slots' ids."""
+        """Delete the trees of quarantined slots, which a repair makes anew; return the slots' ids.
+
+        One with work in it that has not been saved stays.
+        """
         dropped = []
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             hold = await self._pool.parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
             if hold is None:
                 continue
             try:
-                await self._pool.parts.host.remove_tree(slot.path)
-                dropped.append(slot.slot_id)
+                if not self._is_due(hold.slot.unsaved):
+                    await self._pool.parts.host.remove_tree(slot.path)
+                    dropped.append(slot.slot_id)
             finally:
                 await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")
         return dropped

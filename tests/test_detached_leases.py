@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repopool_async import LeaseLostError, LeaseReleasedError, PoolConfig, PoolManager, SlotInUseError, SlotState
+from repopool_async import LeaseLostError, LeaseReleasedError, PoolConfig, PoolManager, Slot, SlotInUseError, SlotState
 from tests._lessees import lessee
 
 SLOT = "workspace-web-slot1"
@@ -163,6 +163,32 @@ async def test_a_lease_bound_to_a_living_process_can_be_taken_away(manager: Pool
             assert slot.path.exists()
             assert not slot.lost.is_set()
     assert [record.reason for record in await manager.list_salvage()] == ["forced"]
+
+
+@pytest.mark.parametrize("is_another", [True, False], ids=["another manager", "its own manager"])
+async def test_a_cleaner_whose_slot_is_taken_away_stops(tmp_path: Path, origin: Path, is_another: bool) -> None:
+    """Otherwise it would go on in the tree of whoever gets the slot next."""
+    is_cleaning, has_stopped = asyncio.Event(), asyncio.Event()
+
+    async def reset(_slot: Slot) -> None:
+        if not is_cleaning.is_set():
+            is_cleaning.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                has_stopped.set()
+
+    config = PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600)
+    async with PoolManager(config, reset=reset) as cleaner, PoolManager(config) as another:
+        await cleaner.create_pool("web", str(origin))
+        async with cleaner.lease("web", timeout=30):
+            pass
+        await is_cleaning.wait()
+        await (another if is_another else cleaner).force_unlock(SLOT)
+        async with asyncio.timeout(30):
+            await has_stopped.wait()
+        await until_recovered(another)
+        await cleaner.wait_clean()
 
 
 async def test_closing_leaves_detached_leases_alone(manager: PoolManager) -> None:

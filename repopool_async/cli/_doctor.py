@@ -26,6 +26,7 @@ from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState
 from repopool_async.pool_manager import PoolManager
+from repopool_async.salvage import SALVAGE_LOCKS
 from repopool_async.slot_store import SlotStore
 
 STILL_WRONG: Final = 1
@@ -81,8 +82,8 @@ async def _examine(config: PoolConfig) -> AsyncIterator[Finding]:
         except PoolManagerError as error:
             yield Finding(str(error), is_wrong=True)
     for stale in await locks.detect_stale_locks():
-        if stale.slot_id.startswith(MIRROR_LOCKS):
-            continue  # the next fetch sees it and clears up
+        if stale.slot_id.startswith((MIRROR_LOCKS, SALVAGE_LOCKS)):
+            continue  # the next holder sees it and clears up
         who = f"pid {stale.owner.pid} on {stale.owner.host}" if stale.owner else "somebody"
         yield Finding(f"{stale.slot_id}: its lock was left by {who}, who is dead", is_wrong=True)
 

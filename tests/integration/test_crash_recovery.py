@@ -2,11 +2,15 @@
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from repopool_async import PoolManager, SalvageRecord, SlotState
+from repopool_async import PoolManager, SalvageError, SalvageRecord, Slot, SlotState
+from repopool_async.salvage import Salvage
+from repopool_async.slot_allocator import broken
+from tests import _workers
 from tests._lessees import lessee, manager_of
 
 WORK = r"""
@@ -149,3 +153,99 @@ async def test_a_recovery_that_dies_in_turn_is_finished_by_the_next(tmp_path: Pa
 
 async def _recover(manager: PoolManager) -> None:
     await manager.recover()
+
+
+# -- whoever was to save the work dies as well, or fails ----------------------------------------------------------
+
+
+async def left_work(directory: Path, slots: int = 1) -> list[str]:
+    """Have a lessee leave work in every slot and vanish; return the leases' ids."""
+    lease_ids = []
+    async with manager_of(str(directory)) as manager:
+        for _ in range(slots):
+            slot = await manager.allocate_slot("web", timeout=30)
+            assert slot is not None
+            (slot.path / "precious").write_text(slot.lease_id)
+            lease_ids.append(slot.lease_id)
+        await manager.close(0)
+    return lease_ids
+
+
+async def assert_saved(manager: PoolManager, directory: Path, *lease_ids: str) -> None:
+    records = {record.salvage_id: record for record in await manager.list_salvage()}
+    assert set(records) >= set(lease_ids)
+    for record in records.values():
+        content = git(directory / "web/salvage.git", "cat-file", "blob", f"{record.commit}:precious")
+        assert content.decode() == record.salvage_id
+
+
+@pytest.fixture
+async def manager(tmp_path: Path, origin: Path) -> AsyncIterator[PoolManager]:
+    async with manager_of(str(tmp_path / "pools")) as manager:
+        await manager.create_pool("web", str(origin))
+        yield manager
+
+
+async def test_a_surplus_slot_goes_only_once_its_work_is_saved(manager: PoolManager, tmp_path: Path) -> None:
+    directory = tmp_path / "pools"
+    await manager.add_slot("web")
+    await left_work(directory, slots=2)
+    coordinator = _workers.make_coordinator(directory)
+    hold = await coordinator.recover_orphan("workspace-web-slot2")
+    assert hold is not None
+    assert hold.slot.lease is not None
+    await coordinator.abandon_hold(hold)
+    await (await manager.get_pool("web")).keeper.shrink_to(1)
+    assert [slot.number for slot in await manager.list_slots("web")] == [1]
+    await assert_saved(manager, directory, hold.slot.lease.lease_id)
+
+
+async def test_a_quarantined_slot_keeps_its_work_until_that_is_saved(manager: PoolManager, tmp_path: Path) -> None:
+    directory = tmp_path / "pools"
+    (lease_id,) = await left_work(directory)
+    coordinator = _workers.make_coordinator(directory)
+    hold = await coordinator.recover_orphan("workspace-web-slot1")
+    assert hold is not None
+    await coordinator.finish(hold, broken(hold.slot, "could be neither saved nor moved"))
+    keeper = (await manager.get_pool("web")).keeper
+    assert await keeper.drop_quarantined_trees() == []
+    await manager.repair_slot("workspace-web-slot1")
+    await assert_saved(manager, directory, lease_id)
+
+
+async def test_a_robbed_saver_that_fails_leaves_the_tree_to_the_robber(
+    manager: PoolManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "pools"
+    (lease_id,) = await left_work(directory)
+    save, tries = Salvage.save, []
+
+    async def robbed(salvage: Salvage, slot: Slot, **options: int) -> SalvageRecord | None:
+        tries.append(slot.token)
+        if len(tries) == 1:
+            await _workers.make_coordinator(directory).force_unlock(slot.slot_id)
+            raise SalvageError("its git was ended by who took over")
+        return await save(salvage, slot, **options)
+
+    monkeypatch.setattr(Salvage, "save", robbed)
+    await manager.recover()
+    await manager.recover()
+    assert len(tries) == 2
+    await assert_saved(manager, directory, lease_id)
+
+
+async def test_locks_that_a_killed_git_left_where_work_is_saved_hinder_nobody(
+    manager: PoolManager, tmp_path: Path
+) -> None:
+    directory = tmp_path / "pools"
+    (first,) = await left_work(directory)
+    await manager.recover()
+    (lease_id,) = await left_work(directory)
+    with _workers.worker("hold_lock", directory / "locks", "salvage-web") as holder:
+        holder.expect("held")
+    (directory / f"web/salvage.git/refs/salvage/{lease_id}.lock").touch()
+    (directory / "web/salvage.git/packed-refs.lock").touch()
+    await manager.recover()
+    await assert_saved(manager, directory, first, lease_id)
+    await manager.delete_salvage(first)
+    await assert_saved(manager, directory, lease_id)
