@@ -1,4 +1,4 @@
-"""What the processes do that `benchmarks.chaos` kills: lease and work, return, add and remove slots, make pools.
+"""What the processes do that `benchmarks.chaos` kills: lease, work, return, add and remove slots, make pools, reload.
 
 Everything wrong that one of them sees is a line in a file beside the workspaces. A witness beside the tree proves
 exclusion: it names its process and when that began, so one that a killed holder left accuses nobody.
@@ -9,11 +9,12 @@ import json
 import os
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from benchmarks._chaos_work import end_work, make_work
 from repopool_async import (
     LeasedSlot,
     PoolConfig,
@@ -30,16 +31,33 @@ from repopool_async._identity import process_start_time
 
 POOL: Final = "chaos"
 OTHER: Final = "other"
+"""A pool that is made and deleted."""
+FILED: Final = "filed"
+"""A pool that a configuration file describes, which is edited and reloaded; it saves the work of every lease."""
 SLOTS: Final = 3
 """How many slots the pool has at first; these are never removed."""
 _MOST_SLOTS: Final = 6
-_WHO: Final = ("-c", "user.name=chaos", "-c", "user.email=chaos@localhost")
 REFS: Final = (None, "main", "feature", "first")
 
 
 def config(root: Path, *, janitor_interval: float = 1.0) -> PoolConfig:
     """Return the configuration that every process of one run has."""
     return PoolConfig(workspaces_dir=root / "pools", janitor_interval=janitor_interval, close_timeout=60.0)
+
+
+def write_config(
+    root: Path, url: str, num_slots: int, *, lock_timeout: int = 30, janitor_interval: float = 1.0
+) -> Path:
+    """Write the configuration file of the pool `filed`, as editors do, and return its path."""
+    path = root / "pools.yaml"
+    new = path.with_name(f"pools.yaml.{os.getpid()}")
+    new.write_text(
+        f"workspaces_dir: {root}/pools\njanitor_interval: {janitor_interval}\nclose_timeout: 60\nwatch: never\n"
+        f"pools:\n  {FILED}: {{repo_url: '{url}', num_slots: {num_slots}, salvage: always, "
+        f"lock_timeout: {lock_timeout}}}\n"
+    )
+    new.replace(path)
+    return path
 
 
 def accuse(root: Path, kind: str, text: str) -> None:
@@ -58,19 +76,44 @@ def _told(error: BaseException) -> str:
 
 
 def work_for_ever(root: Path, url: str, index: int, seed: int) -> None:
-    """Use the pool until killed; the worker with index 0 also changes its size and makes and deletes another pool."""
+    """Use the pools until killed.
+
+    Besides, worker 0 grows and shrinks one and makes and deletes another, and worker 1 edits and reloads the
+    configuration of the third.
+    """
     chance = random.Random(seed)
 
     async def run() -> None:
-        async with PoolManager(config(root)) as manager:
+        async with _manager(root, url, index, chance) as manager:
             await manager.create_pool(POOL, url, num_slots=await _size(manager))
             while True:
-                await _do_something(manager, root, url, index, chance)
+                work = _do_something(manager, root, url, index, chance)
+                await (_cancel(root, work, chance) if chance.random() < 0.25 else work)
 
     try:
         asyncio.run(run())
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
         accuse(root, "error", _told(error))
+
+
+async def _cancel(root: Path, work: Coroutine[Any, Any, None], chance: random.Random) -> None:
+    """Begin something, and cancel it at a random moment, once or twice."""
+    task = asyncio.get_running_loop().create_task(work)
+    for _ in range(chance.choice((1, 2))):
+        await asyncio.sleep(chance.random() * 0.1)
+        task.cancel()
+    await asyncio.wait([task], timeout=120)
+    if not task.done():
+        accuse(root, "error", f"hangs though it was cancelled: {task!r}")
+    elif task.cancelled():
+        with (root / "cancellations").open("a") as file:
+            file.write(".")
+
+
+def _manager(root: Path, url: str, index: int, chance: random.Random) -> PoolManager:
+    if index == 1:
+        return PoolManager.from_config_file(write_config(root, url, chance.randint(1, 3)))
+    return PoolManager(config(root))
 
 
 async def _size(manager: PoolManager) -> int:
@@ -84,7 +127,9 @@ async def _size(manager: PoolManager) -> int:
 async def _do_something(manager: PoolManager, root: Path, url: str, index: int, chance: random.Random) -> None:
     roll = chance.random()
     try:
-        if index > 0 or roll < 0.6:
+        if index == 1 and roll < 0.3:
+            await _reload(manager, root, url, chance)
+        elif index > 0 or roll < 0.6:
             await lease_and_work(manager, root, chance)
         elif roll < 0.75:
             if len(await manager.list_slots(POOL)) < _MOST_SLOTS:
@@ -100,26 +145,25 @@ async def _do_something(manager: PoolManager, root: Path, url: str, index: int, 
 
 
 async def lease_and_work(manager: PoolManager, root: Path, chance: random.Random) -> None:
-    """Lease a slot at some ref, look whether all is right, leave a mess, and give it back."""
-    ref = chance.choice(REFS)
-    async with manager.lease(POOL, ref=ref, timeout=60) as slot:
+    """Lease a slot at some ref, look whether all is right, leave work and a process, and give it back."""
+    name = FILED if chance.random() < 0.25 and FILED in await manager.list_pools() else POOL
+    async with manager.lease(name, ref=chance.choice(REFS), timeout=60) as slot:
         with alone_in(root, slot):
             await look(root, slot)
-            await _mess(root, slot, chance)
-            await asyncio.sleep(chance.random() * 0.03)
-            note_work(root, slot, has_ended=True)
+            try:
+                await make_work(root, slot, commits=chance.random() < 0.4)
+                if chance.random() < 0.2:
+                    async with slot.open_process("sleep", "1000"):
+                        await asyncio.sleep(chance.random() * 0.02)
+                await asyncio.sleep(chance.random() * 0.03)
+            finally:
+                end_work(root, slot)
 
 
-async def _mess(root: Path, slot: LeasedSlot, chance: random.Random) -> None:
-    (slot.path / "untracked/deep").mkdir(parents=True)
-    (slot.path / "untracked/deep/file").write_text(slot.lease_id)
-    (slot.path / "README").write_text(f"changed by {slot.lease_id}\n")
-    if chance.random() < 0.4:
-        await slot.run("git", *_WHO, "commit", "-q", "-a", "-m", slot.lease_id)
-    note_work(root, slot, has_ended=False)
-    if chance.random() < 0.2:
-        async with slot.open_process("sleep", "1000"):
-            await asyncio.sleep(chance.random() * 0.02)
+async def _reload(manager: PoolManager, root: Path, url: str, chance: random.Random) -> None:
+    write_config(root, url, chance.randint(1, 3), lock_timeout=chance.randint(20, 40))
+    await manager.reload()
+    await manager.wait_ready(60)
 
 
 async def _remove_one(manager: PoolManager) -> None:
@@ -187,22 +231,6 @@ def _accuse_living(root: Path, slot: LeasedSlot, witness: Path) -> None:
     words = _read(witness).split()
     if len(words) == 2 and str(process_start_time(int(words[0]))) == words[1]:
         accuse(root, "double holder", f"{slot.slot_id}: {os.getpid()} met {words[0]}, token {slot.token}")
-
-
-def note_work(root: Path, slot: LeasedSlot, *, has_ended: bool) -> None:
-    """Write down that a lease has work which nobody has pushed, or that its lessee is done with it."""
-    line = json.dumps({"lease_id": slot.lease_id, "has_ended": has_ended}) + "\n"
-    with (root / "work").open("a") as file:
-        file.write(line)
-
-
-def unsaved_work(root: Path, saved: set[str]) -> list[str]:
-    """Return the leases that had work, died with it, and were not saved."""
-    leases: dict[str, bool] = {}
-    for line in _read(root / "work").splitlines():
-        entry = json.loads(line)
-        leases[entry["lease_id"]] = entry["has_ended"]
-    return [lease_id for lease_id, has_ended in leases.items() if not has_ended and lease_id not in saved]
 
 
 # Whether all is well again

@@ -25,6 +25,7 @@ _PLAIN: Final = [
     (re.compile(r"\.[0-9]+-[0-9]+\.fresh"), ".*.fresh"),
     (re.compile(r"\b[0-9a-f]{20,}\b"), "*"),
     (re.compile(r"slot[0-9]+"), "slotN"),
+    (re.compile(r"\bobjects/[0-9a-f]{2}\b"), "objects/NN"),
     (re.compile(r"\b(outgoing|pristine/git|tree/\w+)/[^ ]+"), r"\1/*"),
 ]
 """What differs from run to run in a path, or from one of many like files to the next, and what stands for it."""

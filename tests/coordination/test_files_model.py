@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -344,7 +345,7 @@ class Coordination(RuleBasedStateMachine):
         return is_expired or slot.holder is None
 
 
-TestCoordination = Coordination.TestCase
+TestCoordination = pytest.mark.endurance(Coordination.TestCase)
 TestCoordination.settings = settings(
     max_examples=30,
     stateful_step_count=40,

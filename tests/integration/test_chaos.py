@@ -15,6 +15,7 @@ from repopool_async._process import run_process
 from tests import _workers
 from tests.conftest import MakeCommit
 
+pytestmark = pytest.mark.endurance
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,7 +32,7 @@ async def test_fifty_kills_at_random_moments() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_a_kill_at_each_step_of_leasing_returning_adding_and_removing() -> None:
+async def test_a_kill_at_each_step_of_leasing_returning_and_recovering() -> None:
     await run_chaos("--kills", "0", "--steps", "cycle")
 
 
