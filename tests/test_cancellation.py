@@ -5,8 +5,8 @@ After every cancellation no slot is lost, no lock held, no git alive, no task pe
 
 import asyncio
 import contextlib
+import functools
 import os
-import shutil
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from repopool_async import PoolConfig, PoolManager, SlotNotFoundError, SlotState
+from repopool_async import LeasedSlot, LeaseLostError, PoolConfig, PoolManager, RepoPool, SlotNotFoundError, SlotState
 from repopool_async._identity import process_start_time
 from repopool_async._process import run_process
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.endurance]
 
 Operation = Callable[[], Coroutine[Any, Any, object]]
 
@@ -212,49 +212,148 @@ async def test_create_pool(manager: PoolManager, origin: Path, tmp_path: Path) -
 
 
 async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) -> None:
-    pool = await manager.get_pool("app")
-    mirror = pool._parts.mirror
-    finished: list[int] = []
+    """One is cancelled at each of its suspensions, the first or the last to ask; the others get what they asked for."""
+    mirror = (await manager.get_pool("app"))._parts.mirror
 
-    async def one(number: int) -> None:
+    async def fetch() -> None:
         await mirror.fetch()
-        finished.append(number)
 
-    for cancelled in ({0}, {1, 2}, {0, 1, 2}):
-        for turns in (0, 1, 3, 20):
-            finished.clear()
-            tasks = [asyncio.get_running_loop().create_task(one(number)) for number in range(3)]
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            for number in cancelled:
-                tasks[number].cancel()
-            await asyncio.wait(tasks, timeout=60)
-            assert sorted(finished) == sorted({0, 1, 2} - cancelled)
-            await settling(manager)()
+    for others_first in (False, True):
+        count = await count_suspensions(fetch)
+        for at in range(1, count + 2):
+            for cancel_at in ((at,), (at, at + 1)):
+                loop = asyncio.get_running_loop()
+                others = [loop.create_task(mirror.fetch()) for _ in range(2)] if others_first else []
+                cancelled = loop.create_task(run_cancelled(fetch, cancel_at))
+                others = others or [loop.create_task(mirror.fetch()) for _ in range(2)]
+                await asyncio.wait([cancelled, *others], timeout=60)
+                for task in (cancelled, *others):
+                    task.result()
+                assert open_descriptors() == set()
+                assert children() == []
 
 
-async def test_close(tmp_path: Path, origin: Path) -> None:
-    template = tmp_path / "template"
-    async with PoolManager(PoolConfig(workspaces_dir=template)) as manager:
+async def test_fetch_that_all_its_waiters_leave(manager: PoolManager, origin: Path) -> None:
+    mirror = (await manager.get_pool("app"))._parts.mirror
+    for turns in (0, 1, 3, 20):
+        tasks = [asyncio.get_running_loop().create_task(mirror.fetch()) for _ in range(3)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=60)
+        assert all(task.cancelled() for task in tasks)
+        await settling(manager)()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_close(tmp_path: Path, origin: Path, times: int) -> None:
+    async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools")) as manager:
         await manager.create_pool("app", str(origin), num_slots=1)
     at = 0
-    while True:
+    was_cancelled = True
+    while was_cancelled:
         at += 1
-        manager = PoolManager(PoolConfig(workspaces_dir=template, janitor_interval=3600))
+        manager = PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600))
         await manager.open()
         async with manager.lease("app") as slot:
             (slot.path / "dirt").write_text("")
-        was_cancelled = await run_cancelled(lambda manager=manager: manager.close(30), (at,))  # type: ignore[misc]
+        close = functools.partial(manager.close, 30)
+        was_cancelled = await run_cancelled(close, tuple(range(at, at + times)))
         assert manager.closed
         assert open_descriptors() == set()
         assert children() == []
-        if not was_cancelled:
-            break
     assert at > 1
-    async with PoolManager(PoolConfig(workspaces_dir=template)) as manager:
+    async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools")) as manager:
         await manager.recover()
         assert await manager.available_count("app") == 1
-    shutil.rmtree(template)
+
+
+async def test_open(tmp_path: Path, origin: Path) -> None:
+    """Cancelled, it leaves nothing open, and what it began to recover is recovered by the next."""
+    config = PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600)
+    async with PoolManager(config) as manager:
+        await manager.create_pool("app", str(origin), num_slots=1)
+    at = 0
+    was_cancelled = True
+    while was_cancelled:
+        at += 1
+        await leave_an_orphan(config)
+        manager = PoolManager(config)
+        was_cancelled = await run_cancelled(manager.open, (at, at + 1))
+        await manager.close()
+        assert open_descriptors() == set()
+        assert children() == []
+    assert at > 1
+    async with PoolManager(config) as manager:
+        await settling(manager, slots=1)()
+
+
+async def leave_an_orphan(config: PoolConfig) -> None:
+    async with PoolManager(config) as manager:
+        slot = await manager.allocate_slot("app", timeout=30)
+        assert slot is not None
+        (slot.path / "work").write_text(slot.lease_id)
+        await manager.close(0)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["resize", "recover", "force_unlock", "delete_pool"]
+    + [pytest.param(verb, marks=pytest.mark.soak) for verb in ("drain", "check")],
+)
+async def test_maintenance(manager: PoolManager, origin: Path, verb: str) -> None:
+    """The pool has work to do each time: slots too few, an orphan with work to be saved, a slot to be taken away."""
+    pool = await manager.create_pool("app", str(origin), num_slots=2, fetch_on_allocate=False)
+    robbed: list[LeasedSlot] = []
+
+    async def operate() -> None:
+        match verb:
+            case "resize":
+                await manager.resize("app", 3)
+                await manager.resize("app", 2)
+            case "force_unlock":
+                await manager.force_unlock("workspace-app-slot1")
+            case "delete_pool":
+                await manager.delete_pool("other")
+            case _:
+                await getattr(manager, verb)()
+
+    async def make_ready() -> None:
+        if verb in ("recover", "force_unlock"):
+            slot = await manager.allocate_slot("app", timeout=30)
+            assert slot is not None
+            (slot.path / "work").write_text(slot.lease_id)
+            if verb == "recover":
+                await abandon(pool, slot)
+            else:
+                robbed.append(slot)
+        elif verb == "delete_pool":
+            await manager.create_pool("other", str(origin), num_slots=1)
+
+    async def settle() -> None:
+        while robbed:
+            with contextlib.suppress(LeaseLostError):
+                await manager.release_slot(robbed.pop())
+        await manager.recover()
+        for name in await manager.list_pools():
+            slots = await manager.list_slots(name)
+            assert all(slot.state is SlotState.AVAILABLE for slot in slots), slots
+        await manager.resize("app", 2)
+        await settling(manager)()
+        await make_ready()
+
+    await make_ready()
+    await for_each_suspension(operate, settle)
+    while robbed:
+        await manager.release_slot(robbed.pop())
+
+
+async def abandon(pool: RepoPool, slot: LeasedSlot) -> None:
+    """Let go of a lease as the death of its process does."""
+    opened = pool._leases.end(slot.lease_id)
+    assert opened is not None
+    await pool._parts.coordinator.abandon_hold(opened.grant)
 
 
 async def test_a_command_in_a_slot(manager: PoolManager) -> None:
