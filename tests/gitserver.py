@@ -5,6 +5,7 @@ with it the command lines of everything that ran at that moment.
 """
 
 import base64
+import gzip
 import http.server
 import os
 import subprocess
@@ -20,7 +21,8 @@ class GitServer(http.server.ThreadingHTTPServer):
     Attributes:
         credentials: `user:password` that is asked for. failures: statuses to answer the next requests with.
         silence: while set, requests are accepted and never answered, until `stop` is.
-        requests: path and authorization of every request. command_lines: of all processes, whenever a request came.
+        requests: path and authorization of every request. packs_asked_for: how many of them asked for objects.
+        command_lines: of all processes, whenever a request came.
     """
 
     daemon_threads = True
@@ -33,6 +35,7 @@ class GitServer(http.server.ThreadingHTTPServer):
         self.silence = threading.Event()
         self.stop = threading.Event()
         self.requests: list[tuple[str, str | None]] = []
+        self.packs_asked_for = 0
         self.command_lines: set[bytes] = set()
         self.arrived = threading.Event()
 
@@ -95,10 +98,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "REMOTE_USER": "somebody",
             "REMOTE_ADDR": "127.0.0.1",
         }
+        body = self._body()
+        wanted = gzip.decompress(body) if environment["HTTP_CONTENT_ENCODING"] == "gzip" else body
+        self.server.packs_asked_for += b"command=fetch" in wanted
         # It exits with an error where it refuses, having said so in its answer.
-        done = subprocess.run(
-            ["git", "http-backend"], input=self._body(), env=environment, capture_output=True, check=False
-        )
+        done = subprocess.run(["git", "http-backend"], input=body, env=environment, capture_output=True, check=False)
         head, _, body = done.stdout.partition(b"\r\n\r\n")
         headers = [line.decode().split(": ", 1) for line in head.split(b"\r\n")]
         self.send_response(next((int(value.split()[0]) for name, value in headers if name == "Status"), 200))
