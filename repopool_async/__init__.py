@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import GitTransientError as GitTransientError
     from repopool_async.exceptions import LeaseLostError as LeaseLostError
     from repopool_async.exceptions import LeaseReleasedError as LeaseReleasedError
+    from repopool_async.exceptions import LfsError as LfsError
     from repopool_async.exceptions import LockTimeoutError as LockTimeoutError
     from repopool_async.exceptions import ManagerClosedError as ManagerClosedError
     from repopool_async.exceptions import NoAvailableSlotError as NoAvailableSlotError
@@ -103,6 +104,7 @@ _HOMES = {
     "LeasedSlot": "repopool_async.lease",
     "LocalHost": "repopool_async.hosts.local",
     "LockManager": "repopool_async.lock_manager",
+    "LfsError": "repopool_async.exceptions",
     "LockTimeoutError": "repopool_async.exceptions",
     "ManagerClosedError": "repopool_async.exceptions",
     "NoAvailableSlotError": "repopool_async.exceptions",
@@ -169,6 +171,7 @@ __all__ = [
     "LeaseLostError",
     "LeaseReleasedError",
     "LeasedSlot",
+    "LfsError",
     "LocalHost",
     "LockManager",
     "LockTimeoutError",

@@ -31,6 +31,7 @@ from repopool_async.slot_cleaner import Callbacks, SlotCleaner
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.submodules import Submodules
 
 _LESSEE_PROCESSES: Final = 1_000_000
@@ -172,18 +173,21 @@ class Assembler:
         run_as: RunAs | None,
         current: Callable[[], PoolOptions],
     ) -> CloneWorkspace:
+        lfs = Lfs(host=self._shared.host, git=runner, is_wanted=options.lfs)
         submodules = Submodules(
             host=self._shared.host,
             git=runner,
             mirror=mirror,
             allow_protocols=self._shared.config.allow_protocols,
             is_wanted=lambda: current().submodules,
+            lfs=lfs,
         )
         return CloneWorkspace(
             host=self._shared.host,
             git=runner,
             mirror=mirror,
             submodules=submodules,
+            lfs=lfs,
             is_isolated=options.isolation == "full",
             run_as=run_as,
         )

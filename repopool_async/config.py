@@ -95,7 +95,7 @@ class PoolOptions:
     )
     run_as: str | None = option(or_none(TEXT), None, "user that lessees' commands run as; only root can do that")
     submodules: bool = option(FLAG, False, "whether submodules are checked out, nested ones too")
-    lfs: bool = option(FLAG, False, "whether Git LFS files are fetched")
+    lfs: bool = option(FLAG, False, "whether Git LFS files are fetched; false: they are their pointers")
     sparse: tuple[str, ...] = option(INNER_PATHS, (), "the only directories to check out")
     history: Literal["full", "blobless"] = option(
         choice("full", "blobless"), "full", "whether old file contents are fetched in advance"
@@ -125,6 +125,8 @@ class PoolOptions:
             raise located("means nothing without setup", ("setup_key",))
         if self.isolation == "full" and self.history != "full":
             raise located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
+        if self.lfs and self.hosts:
+            raise located("cannot be had where hosts are: the pool's filter runs on this machine", ("lfs",))
         longest = self.max_lease_seconds
         if self.leak_warning is not None and longest is not None and self.leak_warning >= longest:
             text = f"expected less than max_lease_seconds ({longest:g}), at which the lease is over"

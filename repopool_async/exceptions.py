@@ -164,6 +164,10 @@ class SubmoduleError(PoolManagerError):
         self.path = path
 
 
+class LfsError(PoolManagerError):
+    """A commit's LFS files cannot be had; the slot is not to blame."""
+
+
 class CommandFailedError(PoolManagerError):
     """A command that a lessee ran in its slot exited with a status other than 0.
 

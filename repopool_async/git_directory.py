@@ -54,6 +54,7 @@ class GitDirectory:
         at: the time that reflogs tell.
         submodules: those initialised, in order of their paths; None where submodules are left alone.
         worktree: of a submodule's git directory, the way from there to its files; None for one that lies in its tree.
+        sections: further sections of its configuration, as text.
         cloned_commit: of a submodule's git directory, what `default_branch` (or the remote's HEAD) is: it was checked
             out before `commit` was. None for what was cloned at `commit`.
     """
@@ -73,6 +74,7 @@ class GitDirectory:
     submodules: tuple[SubmoduleEntry, ...] | None = None
     worktree: str | None = None
     cloned_commit: str | None = None
+    sections: str = ""
 
     @property
     def tracking_branch(self) -> str | None:
@@ -166,6 +168,7 @@ def _config(shows: GitDirectory) -> str:
         text += f'[branch "{_escaped(shows.tracking_branch)}"]\n\tremote = origin\n\tmerge = {merge}\n'
     for entry in shows.submodules or ():
         text += _submodule_section(entry, is_nested=shows.worktree is not None)
+    text += shows.sections
     for key, value in OWN_CONFIG.items():
         section, _, name = key.partition(".")
         text += f"[{section}]\n\t{name} = {value}\n"

@@ -387,7 +387,7 @@ class SalvageReader:
         tree = self._slot.path
         return await self._git.run(
             *args, git_dir=self.repository, work_tree=tree, cwd=tree, input=input, check=is_checked, ok_codes=ok_codes,
-            slot_id=self._slot.slot_id, env={WORK_MARK: tree},
+            config=self._remains.git_config, slot_id=self._slot.slot_id, env={WORK_MARK: tree},
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from repopool_async.exceptions import (
     GitRefMissingError,
     GitTimeoutError,
     GitTransientError,
+    LfsError,
     PoolManagerError,
     SubmoduleError,
     UnknownRefError,
@@ -48,7 +49,7 @@ LEASE_MARK: Final = "REPOPOOL_LEASE_ID"
 SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
-_NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, UnknownRefError)
+_NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, LfsError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 _NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
 

@@ -27,8 +27,15 @@ class GitServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path, *, credentials: str | None = None, failures: list[int] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        credentials: str | None = None,
+        failures: list[int] | None = None,
+        handler: "type[GitHandler] | None" = None,
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), handler or GitHandler)
         self.root = root
         self.credentials = credentials
         self.failures = failures or []
@@ -46,7 +53,7 @@ class GitServer(http.server.ThreadingHTTPServer):
         """A client that hangs up is no error of the server."""
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class GitHandler(http.server.BaseHTTPRequestHandler):
     server: GitServer
 
     def do_GET(self) -> None:
@@ -73,13 +80,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:
-            self._run_backend()
+            self._serve()
 
     def _is_authorized(self, authorization: str | None) -> bool:
         assert self.server.credentials is not None
         return authorization == "Basic " + base64.b64encode(self.server.credentials.encode()).decode()
 
-    def _run_backend(self) -> None:
+    def _serve(self) -> None:
         path, _, query = self.path.partition("?")
         environment = {
             "PATH": os.environ["PATH"],

@@ -115,7 +115,8 @@ class TestDescriptions:
         assert all(info.expected and info.help for info in described)
         by_key = {info.key: info for info in described}
         assert by_key["cleanup_options.warmup_enabled"].name == "warmup_enabled"
-        assert by_key["lfs"].is_supported is False
+        assert by_key["lfs"].is_supported is True
+        assert by_key["webhooks"].is_supported is False
         assert by_key["num_slots"].default == 1
 
     def test_every_top_level_key_is_described(self) -> None:

@@ -5,7 +5,7 @@ A strategy never executes anything that lies in a tree, and never touches a path
 pool's trash.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -69,6 +69,7 @@ class Remains:
         inspection: what one look at the tree found.
         knows_changes: whether `inspection.changed` names what changed since the lease began, and not just everything.
         is_untouched: whether nothing did.
+        git_config: with what git must be run to read the tree with that index.
     """
 
     base: str
@@ -76,6 +77,7 @@ class Remains:
     inspection: TreeInspection
     knows_changes: bool
     is_untouched: bool
+    git_config: Mapping[str, str]
 
 
 class WorkspaceStrategy(Protocol):

@@ -19,6 +19,7 @@ from repopool_async.refs import FULL_ID
 from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout, Remains, Rung, Work
 from repopool_async.workspaces.git_installer import GitInstaller
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.seals import Seals, is_same_tree
@@ -35,6 +36,7 @@ class CloneWorkspace:
     Args:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
         submodules: checks them out; where missing, their places are empty directories.
+        lfs: has, reads and writes LFS files; where missing, they are their pointers.
         is_isolated: give every slot objects of its own instead.
         run_as: whom trees belong to, where that is another user; nothing that user ever had is used again.
     """
@@ -46,17 +48,20 @@ class CloneWorkspace:
         git: GitRunner,
         mirror: Mirror,
         submodules: Submodules | None = None,
+        lfs: Lfs | None = None,
         is_isolated: bool = False,
         run_as: RunAs | None = None,
     ) -> None:
         own = OwnObjects(host, git, mirror) if is_isolated else None
         submodules = submodules or Submodules(host=host, git=git, mirror=mirror)
-        seals = Seals(host=host, mirror=mirror, submodules=submodules)
-        pristine = PristineGit(host=host, git=git, mirror=mirror, seals=seals, own=own)
-        writer = TreeWriter(host=host, mirror=mirror, pristine=pristine, submodules=submodules, run_as=run_as)
+        lfs = lfs or Lfs(host=host, git=git)
+        seals = Seals(host=host, mirror=mirror, submodules=submodules, manner="lfs" if lfs.is_wanted else "")
+        pristine = PristineGit(host=host, git=git, mirror=mirror, seals=seals, lfs=lfs, own=own)
+        writer = TreeWriter(host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, run_as=run_as)
         self._host = host
         self._mirror = mirror
         self._submodules = submodules
+        self._lfs = lfs
         self._own = own
         self._run_as = run_as
         self._seals = seals
@@ -65,7 +70,7 @@ class CloneWorkspace:
         self._settled = SettledNames(host=host, pristine=pristine, submodules=submodules)
         self._cleaner = TreeCleaner(host=host, pristine=pristine, submodules=submodules, writer=writer)
         self._installer = GitInstaller(
-            host=host, mirror=mirror, pristine=pristine, submodules=submodules, own=own, run_as=run_as
+            host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, own=own, run_as=run_as
         )
 
     @property
@@ -118,6 +123,8 @@ class CloneWorkspace:
 
     async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
         """See `WorkspaceStrategy.restore`."""
+        if rung > Rung.CLEAN:
+            self._lfs.forget()
         if rung >= Rung.REBUILD_MIRROR:
             await self._mirror.rebuild()
             await self._submodules.rebuild()
@@ -127,11 +134,12 @@ class CloneWorkspace:
         if rung >= Rung.RECREATE_TREE or self._run_as is not None:
             return await self.provision(slot, checkout)
         paths = SlotPaths(slot.path)
-        await self._submodules.plan(checkout.commit)  # refused or not to be had: while nothing has been touched
+        await self._writer.obtain(checkout.commit)  # refused or not to be had: while nothing has been touched
         root = await self._host.stat(slot.path)
         if root is None or root.kind is not FileKind.DIRECTORY or not is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
-        since = await self._seals.trusted_mark(slot.seal) if rung is Rung.CLEAN else None
+        is_trusted = rung is Rung.CLEAN and self._seals.is_written_as_wanted(slot.seal)
+        since = await self._seals.trusted_mark(slot.seal) if is_trusted else None
         if since is None:
             await self._pristine.renew(slot)
         else:
@@ -178,7 +186,8 @@ class CloneWorkspace:
         index = await self._host.stat(f"{slot.path}/.git/index")
         if index is None:
             problems.append("the index is missing")
-        problems += await self._submodules.head_problems(Place.of(slot))
+        problems += await self._submodules.problems(Place.of(slot))
+        problems += await self._lfs.problems(self._mirror, SlotPaths(slot.path).git)
         settled = await self._settled.of(slot)
         inspection = await self._host.inspect_tree(
             slot.path, since_ns=await self._seals.trusted_mark(seal), settled=settled
@@ -215,6 +224,7 @@ class CloneWorkspace:
             base=base,
             index=f"{paths.git}/index",
             inspection=inspection,
+            git_config=self._pristine.config(slot),
             knows_changes=since is not None,
             is_untouched=is_quiet and is_untouched(inspection),
         )

@@ -13,6 +13,7 @@ from repopool_async.models import Slot
 from repopool_async.refs import RefsSnapshot
 from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import SlotPaths
@@ -35,6 +36,7 @@ class GitInstaller:
         mirror: Mirror,
         pristine: PristineGit,
         submodules: Submodules,
+        lfs: Lfs,
         own: OwnObjects | None,
         run_as: RunAs | None,
     ) -> None:
@@ -42,6 +44,7 @@ class GitInstaller:
         self._mirror = mirror
         self._pristine = pristine
         self._submodules = submodules
+        self._lfs = lfs
         self._own = own
         self._run_as = run_as
 
@@ -54,6 +57,7 @@ class GitInstaller:
         paths = SlotPaths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
         plan = await self._submodules.plan(checkout.commit)
+        lfs = await self._lfs.lessee_steps(self._mirror, outgoing)
         for attempt in (1, 2):
             shows = self._git_directory(slot, checkout, await self._pristine.obtain(slot, checkout.commit), plan)
             moves, shows = await self._object_steps(slot, shows, is_sealed=is_sealed)
@@ -64,6 +68,7 @@ class GitInstaller:
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
                         *moves,
+                        *lfs,
                         *modules,
                         *([] if self._run_as is None else [self._run_as.give(outgoing)]),
                         Discard(f"{slot.path}/.git", paths.trash),
@@ -123,4 +128,5 @@ class GitInstaller:
             object_format=snapshot.object_format,
             at=now(),
             submodules=plan.entries.get("", ()) if plan.entries is not None else None,
+            sections=self._lfs.section,
         )

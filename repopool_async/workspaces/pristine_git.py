@@ -4,6 +4,8 @@ All of the pool's git commands on a tree run with it, never with what lies in th
 mirror's, or the slot's own. Which commands are run, and when it is made anew, is decided by those who use it.
 """
 
+from collections.abc import Mapping
+
 from repopool_async._git import WORK_MARK, GitRunner
 from repopool_async.exceptions import CleanupError
 from repopool_async.git_directory import pristine_steps
@@ -11,6 +13,7 @@ from repopool_async.hosts.base import Discard, Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Slot
 from repopool_async.refs import RefsSnapshot
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.seals import Seals
 from repopool_async.workspaces.slot_paths import SlotPaths
@@ -20,14 +23,17 @@ class PristineGit:
     """The trusted git directories of a pool's slots.
 
     Args:
-        own: the slots' own objects; None where they borrow the mirror's.
+        lfs: how git reads and writes LFS files. own: the slots' own objects; None where they borrow the mirror's.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, mirror: Mirror, seals: Seals, own: OwnObjects | None) -> None:
+    def __init__(
+        self, *, host: Host, git: GitRunner, mirror: Mirror, seals: Seals, lfs: Lfs, own: OwnObjects | None
+    ) -> None:
         self._host = host
         self._git = git
         self._mirror = mirror
         self._seals = seals
+        self._lfs = lfs
         self._own = own
 
     async def run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
@@ -39,7 +45,12 @@ class PristineGit:
             cwd=tree,
             slot_id=slot.slot_id,
             env={WORK_MARK: slot.path},
+            config=self.config(slot),
         )
+
+    def config(self, slot: Slot) -> Mapping[str, str]:
+        """Return what git must be told of how the slot's tree is made, to read it with the pool's index of it."""
+        return self._lfs.config(self._mirror, SlotPaths(slot.path).git)
 
     async def renew(self, slot: Slot) -> None:
         """Make it from nothing, and forget all that was known of the tree."""

@@ -22,15 +22,22 @@ _CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
 
 _TICK_SECONDS: Final = 0.002
+_MANNER: Final = "~"
+"""Stands before the manner in which files are written, in the generation of refs that a seal holds."""
 
 
 class Seals:
-    """Makes and judges the seals of a pool's slots."""
+    """Makes and judges the seals of a pool's slots.
 
-    def __init__(self, *, host: Host, mirror: Mirror, submodules: Submodules) -> None:
+    Args:
+        manner: how the files of trees are written, as text without `~`; a tree that was written in another is no use.
+    """
+
+    def __init__(self, *, host: Host, mirror: Mirror, submodules: Submodules, manner: str) -> None:
         self._host = host
         self._mirror = mirror
         self._submodules = submodules
+        self._manner = f"{_MANNER}{manner}" if manner else ""
 
     async def make(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
         """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`."""
@@ -68,7 +75,7 @@ class Seals:
         if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
             raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
         if not self.is_made_as_wanted(slot.seal):
-            raise CleanupError(f"{slot.slot_id}: was made with another option `submodules`", slot_id=slot.slot_id)
+            raise CleanupError(f"{slot.slot_id}: was made with other options", slot_id=slot.slot_id)
         return slot.seal
 
     async def trusted_mark(self, seal: Seal | None) -> int | None:
@@ -84,11 +91,16 @@ class Seals:
     async def generation(self, commit: str) -> str:
         """Return which refs a slot shows that is made now, those of submodules included."""
         snapshot = await self._mirror.snapshot()
-        return await self._submodules.generation(await self._submodules.plan(commit), snapshot.generation)
+        generation = await self._submodules.generation(await self._submodules.plan(commit), snapshot.generation)
+        return f"{generation}{self._manner}"
 
     def is_made_as_wanted(self, seal: Seal | None) -> bool:
         """Return whether a slot was made by the options that hold now."""
-        return seal is not None and self._submodules.has_made(seal.refs_generation)
+        return self.is_written_as_wanted(seal) and self._submodules.has_made(seal.refs_generation if seal else "")
+
+    def is_written_as_wanted(self, seal: Seal | None) -> bool:
+        """Return whether a tree's files were written in the manner that holds now."""
+        return seal is not None and seal.refs_generation.partition(_MANNER)[2] == self._manner.removeprefix(_MANNER)
 
     async def root(self, slot: Slot) -> FileStat:
         """Return what the tree's directory is.

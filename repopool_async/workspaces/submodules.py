@@ -37,6 +37,7 @@ from repopool_async.hosts.base import (
 )
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Slot
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.nul_lists import split_names
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodule_plan import Plan, PlanReader, Submodule
@@ -78,6 +79,7 @@ class Submodules:
     Args:
         mirror: of the pool; it gives the submodules' mirrors. allow_protocols: by which these may be reached.
         is_wanted: whether submodules are checked out, asked anew at each use.
+        lfs: how their LFS files are had, read and written.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class Submodules:
         mirror: Mirror,
         allow_protocols: Sequence[str] = DEFAULT_PROTOCOLS,
         is_wanted: Callable[[], bool] = lambda: False,
+        lfs: Lfs | None = None,
     ) -> None:
         self._host = host
         self._git = git
         self._mirror = mirror
         self._allow_protocols = tuple(allow_protocols)
         self._is_wanted = is_wanted
+        self._lfs = lfs or Lfs(host=host, git=git)
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._mirrors: dict[str, Mirror] = {}
 
@@ -112,8 +116,11 @@ class Submodules:
             self._mirrors |= reading.mirrors
             while len(self._plans) > _PLANS_KEPT:
                 self._plans.popitem(last=False)
+        plan = self._plans[commit]
         self._plans.move_to_end(commit)
-        return self._plans[commit]
+        for submodule in plan.submodules:
+            await self._lfs.obtain(self._mirrors[submodule.url], submodule.commit)
+        return plan
 
     async def generation(self, plan: Plan, generation: str) -> str:
         """Return which refs a slot shows: the pool's mirror's and those of every submodule's."""
@@ -187,13 +194,15 @@ class Submodules:
         await together(*[functools.partial(look, submodule) for submodule in await self.standing(place)])
         return found
 
-    async def head_problems(self, place: Place) -> list[str]:
-        """Return which submodules' git directories, as a lessee gets them, are missing or elsewhere than they ought."""
+    async def problems(self, place: Place) -> list[str]:
+        """Return what is wrong with submodules' git directories as a lessee gets them, and with their LFS objects."""
         problems = []
         for submodule in await self.standing(place):
             head = await self._host.read_bytes(f"{place.tree}/.git/{submodule.git_path}/HEAD", limit=4096)
             if head is None or head.decode(errors="replace").strip() != submodule.commit:
                 problems.append(f"HEAD of {submodule.path} is not {submodule.commit!r}")
+            mirror = self._mirror.of_submodule(submodule.url)
+            problems += await self._lfs.problems(mirror, place.git(submodule))
         return problems
 
     # -- bringing a slot to a commit -----------------------------------------------------------------------------
@@ -236,6 +245,7 @@ class Submodules:
             shows = await self._git_directory(submodule, plan)
             index = f"{pristine}/{submodule.git_path}/index"
             steps += lessee_steps(f"{path}/{submodule.git_path}", shows, index=index)
+            steps += await self._lfs.lessee_steps(self._mirrors[submodule.url], f"{path}/{submodule.git_path}")
         return steps
 
     async def settled_names(self, before: Sequence[Submodule], plan: Plan) -> set[str]:
@@ -270,6 +280,7 @@ class Submodules:
                 *pristine_steps(git, alternates=mirror.objects, object_format=object_format),
                 RemoveFile(f"{git}/index.lock"),
                 WriteFile(f"{git}/HEAD", f"{submodule.commit}\n".encode()),
+                *self._lfs.steps(mirror, submodule.commit, git),
             ]
         )
         await self._run(place, submodule, "read-tree", "--reset", "-u", submodule.commit)
@@ -327,6 +338,7 @@ class Submodules:
             submodules=(plan.entries or {}).get(submodule.git_path, ()),
             worktree=f"{_upwards(f'.git/{submodule.git_path}')}{submodule.path}",
             cloned_commit=cloned or submodule.commit,
+            sections=self._lfs.section,
         )
 
     async def _unkeep(self, place: Place, submodules: Iterable[Submodule]) -> None:
@@ -335,7 +347,11 @@ class Submodules:
 
     async def _run(self, place: Place, submodule: Submodule, *args: str) -> GitResult:
         tree = f"{place.tree}/{submodule.path}"
-        return await self._git.run(*args, git_dir=place.git(submodule), work_tree=tree, cwd=tree, slot_id=place.slot_id)
+        git = place.git(submodule)
+        return await self._git.run(
+            *args, git_dir=git, work_tree=tree, cwd=tree, slot_id=place.slot_id,
+            config=self._lfs.config(self._mirror.of_submodule(submodule.url), git),
+        )  # fmt: skip
 
     async def _read(self, submodule: Submodule, *args: str) -> GitResult:
         return await self._git.run(*args, git_dir=self._mirrors[submodule.url].path)

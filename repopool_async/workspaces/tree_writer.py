@@ -11,6 +11,7 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import Slot
 from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout
+from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.nul_lists import join_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
@@ -27,13 +28,31 @@ class TreeWriter:
     """
 
     def __init__(
-        self, *, host: Host, mirror: Mirror, pristine: PristineGit, submodules: Submodules, run_as: RunAs | None
+        self,
+        *,
+        host: Host,
+        mirror: Mirror,
+        pristine: PristineGit,
+        submodules: Submodules,
+        lfs: Lfs,
+        run_as: RunAs | None,
     ) -> None:
         self._host = host
         self._mirror = mirror
         self._pristine = pristine
         self._submodules = submodules
+        self._lfs = lfs
         self._run_as = run_as
+
+    async def obtain(self, commit: str) -> None:
+        """Have everything here, besides a commit's own objects, that its check-out needs; no tree is touched.
+
+        Raises:
+            SubmoduleError, UnknownRefError, LfsError: it is refused, or cannot be had.
+            GitOperationError: likewise.
+        """
+        await self._lfs.obtain(self._mirror, commit)
+        await self._submodules.plan(commit)
 
     async def check_out(
         self, slot: Slot, checkout: Checkout, *, tree: str | None = None, is_untouched: bool = False
@@ -49,12 +68,19 @@ class TreeWriter:
         paths = SlotPaths(slot.path)
         tree = tree or slot.path
         commit = checkout.commit
-        await self._pristine.obtain(slot, checkout.commit)
+        await self._pristine.obtain(slot, commit)
+        await self.obtain(commit)
         plan = await self._submodules.plan(commit)
         kept = await self._submodules.make_way(Place.of(slot, tree), plan)
         rewrites = await self._has_other_attributes(slot, commit)
         # Until all is done the pristine git directory stands nowhere, and whoever comes next cannot be mistaken.
-        await self._host.apply([RemoveFile(f"{paths.git}/index.lock"), WriteFile(f"{paths.git}/HEAD", _NOWHERE)])
+        await self._host.apply(
+            [
+                RemoveFile(f"{paths.git}/index.lock"),
+                WriteFile(f"{paths.git}/HEAD", _NOWHERE),
+                *self._lfs.steps(self._mirror, commit, paths.git),
+            ]
+        )
         await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
         if rewrites:
             await self._host.apply([RemoveFile(f"{paths.git}/index")])
