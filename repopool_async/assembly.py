@@ -32,6 +32,7 @@ from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
 from repopool_async.workspaces.lfs import Lfs
+from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Submodules
 
 _LESSEE_PROCESSES: Final = 1_000_000
@@ -173,7 +174,8 @@ class Assembler:
         run_as: RunAs | None,
         current: Callable[[], PoolOptions],
     ) -> CloneWorkspace:
-        lfs = Lfs(host=self._shared.host, git=runner, is_wanted=options.lfs)
+        sparse = Sparse(host=self._shared.host, git=runner, mirror=mirror, directories=options.sparse)
+        lfs = Lfs(host=self._shared.host, git=runner, is_wanted=options.lfs, includes=sparse.includes)
         submodules = Submodules(
             host=self._shared.host,
             git=runner,
@@ -188,6 +190,7 @@ class Assembler:
             mirror=mirror,
             submodules=submodules,
             lfs=lfs,
+            sparse=sparse,
             is_isolated=options.isolation == "full",
             run_as=run_as,
         )

@@ -6,6 +6,7 @@ never shown. Not responsible for watching the file, for making pools, or for whe
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -96,7 +97,9 @@ class PoolOptions:
     run_as: str | None = option(or_none(TEXT), None, "user that lessees' commands run as; only root can do that")
     submodules: bool = option(FLAG, False, "whether submodules are checked out, nested ones too")
     lfs: bool = option(FLAG, False, "whether Git LFS files are fetched; false: they are their pointers")
-    sparse: tuple[str, ...] = option(INNER_PATHS, (), "the only directories to check out")
+    sparse: tuple[str, ...] = option(
+        INNER_PATHS, (), "the only directories to check out, besides files above them; none: all"
+    )
     history: Literal["full", "blobless"] = option(
         choice("full", "blobless"), "full", "whether old file contents are fetched in advance"
     )
@@ -125,6 +128,12 @@ class PoolOptions:
             raise located("means nothing without setup", ("setup_key",))
         if self.isolation == "full" and self.history != "full":
             raise located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
+        if any(re.search(r"[*?\[\]\\]", name) for name in self.sparse):
+            raise located("takes directories, not patterns: none of * ? [ ] \\ may be in them", ("sparse",))
+        if self.sparse and self.submodules:
+            raise located(
+                "cannot be had with submodules: git would check them out beside the selection too", ("sparse",)
+            )
         if self.lfs and self.hosts:
             raise located("cannot be had where hosts are: the pool's filter runs on this machine", ("lfs",))
         longest = self.max_lease_seconds

@@ -20,7 +20,6 @@ UNSUPPORTED: Final = frozenset(
         "keep",
         "setup",
         "setup_key",
-        "sparse",
         "history",
         "hosts",
         "coordination",

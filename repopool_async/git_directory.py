@@ -54,6 +54,7 @@ class GitDirectory:
         at: the time that reflogs tell.
         submodules: those initialised, in order of their paths; None where submodules are left alone.
         worktree: of a submodule's git directory, the way from there to its files; None for one that lies in its tree.
+        more_alternates: further object directories to borrow from, where any is.
         sections: further sections of its configuration, as text.
         cloned_commit: of a submodule's git directory, what `default_branch` (or the remote's HEAD) is: it was checked
             out before `commit` was. None for what was cloned at `commit`.
@@ -75,6 +76,7 @@ class GitDirectory:
     worktree: str | None = None
     cloned_commit: str | None = None
     sections: str = ""
+    more_alternates: tuple[str, ...] = ()
 
     @property
     def tracking_branch(self) -> str | None:
@@ -96,7 +98,7 @@ def lessee_steps(path: str, shows: GitDirectory, *, index: str) -> list[FileStep
         "HEAD": f"ref: refs/heads/{shows.branch}\n" if shows.branch else f"{shows.commit}\n",
     }
     if shows.own_packs is None:
-        files["objects/info/alternates"] = f"{shows.alternates}\n"
+        files["objects/info/alternates"] = "".join(f"{one}\n" for one in (shows.alternates, *shows.more_alternates))
     log_line = _log_line(shows, shows.cloned_commit or shows.commit)
     files["logs/HEAD"] = log_line + _checkout_line(shows)
     if shows.cloned_commit and shows.default_branch:

@@ -55,14 +55,8 @@ class MirrorBuilder:
             await self._git.clone(temporary)
             await self._carry_over(temporary)
             await self._snapshots.take(temporary, spawned=spawned)
-            # Large files are checked when they are used, whatever became of the mirror.
-            has_lfs = await self._host.stat(f"{self._path}/lfs") is not None
             await self._host.apply(
-                [
-                    *([Rename(f"{self._path}/lfs", f"{temporary}/lfs")] if has_lfs else []),
-                    Discard(self._path, self._trash),
-                    Rename(temporary, self._path),
-                ],
+                [Discard(self._path, self._trash), Rename(temporary, self._path)],
             )
             built = True
         finally:

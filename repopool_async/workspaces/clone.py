@@ -25,6 +25,7 @@ from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.seals import Seals, is_same_tree
 from repopool_async.workspaces.settled import SettledNames
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
+from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
 from repopool_async.workspaces.tree_cleaner import TreeCleaner, is_untouched
 from repopool_async.workspaces.tree_writer import TreeWriter
@@ -37,6 +38,7 @@ class CloneWorkspace:
         host: where the slot's files lie. git: runs the pool's git. mirror: whose objects and refs the slot shows.
         submodules: checks them out; where missing, their places are empty directories.
         lfs: has, reads and writes LFS files; where missing, they are their pointers.
+        sparse: which directories are checked out; where missing, all are.
         is_isolated: give every slot objects of its own instead.
         run_as: whom trees belong to, where that is another user; nothing that user ever had is used again.
     """
@@ -49,15 +51,20 @@ class CloneWorkspace:
         mirror: Mirror,
         submodules: Submodules | None = None,
         lfs: Lfs | None = None,
+        sparse: Sparse | None = None,
         is_isolated: bool = False,
         run_as: RunAs | None = None,
     ) -> None:
         own = OwnObjects(host, git, mirror) if is_isolated else None
         submodules = submodules or Submodules(host=host, git=git, mirror=mirror)
         lfs = lfs or Lfs(host=host, git=git)
-        seals = Seals(host=host, mirror=mirror, submodules=submodules, manner="lfs" if lfs.is_wanted else "")
-        pristine = PristineGit(host=host, git=git, mirror=mirror, seals=seals, lfs=lfs, own=own)
-        writer = TreeWriter(host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, run_as=run_as)
+        sparse = sparse or Sparse(host=host, git=git, mirror=mirror)
+        manner = " ".join(filter(None, ("lfs" if lfs.is_wanted else "", sparse.manner)))
+        seals = Seals(host=host, mirror=mirror, submodules=submodules, manner=manner)
+        pristine = PristineGit(host=host, git=git, mirror=mirror, seals=seals, lfs=lfs, sparse=sparse, own=own)
+        writer = TreeWriter(
+            host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, sparse=sparse, run_as=run_as
+        )
         self._host = host
         self._mirror = mirror
         self._submodules = submodules
@@ -68,9 +75,16 @@ class CloneWorkspace:
         self._pristine = pristine
         self._writer = writer
         self._settled = SettledNames(host=host, pristine=pristine, submodules=submodules)
-        self._cleaner = TreeCleaner(host=host, pristine=pristine, submodules=submodules, writer=writer)
+        self._cleaner = TreeCleaner(host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer)
         self._installer = GitInstaller(
-            host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, own=own, run_as=run_as
+            host=host,
+            mirror=mirror,
+            pristine=pristine,
+            submodules=submodules,
+            lfs=lfs,
+            sparse=sparse,
+            own=own,
+            run_as=run_as,
         )
 
     @property

@@ -17,6 +17,7 @@ from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import SlotPaths
+from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodule_plan import Plan
 from repopool_async.workspaces.submodules import Submodules
 
@@ -37,6 +38,7 @@ class GitInstaller:
         pristine: PristineGit,
         submodules: Submodules,
         lfs: Lfs,
+        sparse: Sparse,
         own: OwnObjects | None,
         run_as: RunAs | None,
     ) -> None:
@@ -45,6 +47,7 @@ class GitInstaller:
         self._pristine = pristine
         self._submodules = submodules
         self._lfs = lfs
+        self._sparse = sparse
         self._own = own
         self._run_as = run_as
 
@@ -57,7 +60,7 @@ class GitInstaller:
         paths = SlotPaths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
         plan = await self._submodules.plan(checkout.commit)
-        lfs = await self._lfs.lessee_steps(self._mirror, outgoing)
+        extras = await self._lfs.lessee_steps(self._mirror, outgoing) + await self._sparse.lessee_steps(outgoing)
         for attempt in (1, 2):
             shows = self._git_directory(slot, checkout, await self._pristine.obtain(slot, checkout.commit), plan)
             moves, shows = await self._object_steps(slot, shows, is_sealed=is_sealed)
@@ -68,7 +71,7 @@ class GitInstaller:
                         Discard(outgoing, paths.trash),
                         *lessee_steps(outgoing, shows, index=f"{paths.git}/index"),
                         *moves,
-                        *lfs,
+                        *extras,
                         *modules,
                         *([] if self._run_as is None else [self._run_as.give(outgoing)]),
                         Discard(f"{slot.path}/.git", paths.trash),
@@ -128,5 +131,6 @@ class GitInstaller:
             object_format=snapshot.object_format,
             at=now(),
             submodules=plan.entries.get("", ()) if plan.entries is not None else None,
-            sections=self._lfs.section,
+            sections=self._sparse.section + self._lfs.section,
+            more_alternates=self._lfs.alternates(self._mirror),
         )

@@ -1,19 +1,20 @@
-"""Git LFS: the objects that a commit's files stand for, in a store of the pool beside the mirror's own objects.
+"""Git LFS: the objects that a commit's files stand for, in a store of the pool beside the mirror.
 
 They are fetched by git-lfs, all that one commit needs at once and before a tree is touched, in a git directory of ours
 that has neither files nor a HEAD: so no `.lfsconfig` and no other word of the repository says where from. Into a tree
 they come by the filter in `lfs_filter`. When a commit is wanted is the business of those who check it out.
 
-The store lies where git-lfs looks for the objects of a repository that others borrow from (`lfs/` beside `objects/`),
-so a lessee's git-lfs finds there what it does not have itself.
+That git directory is one that slots borrow objects from, and so where a lessee's git-lfs looks for what it does not
+have itself.
 """
 
 import asyncio
+import os
 import secrets
 import shlex
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -52,12 +53,21 @@ class Lfs:
 
     Args:
         git: the pool's, with its credentials. is_wanted: whether files come in place of their pointers.
+        includes: says of a path whether it is wanted.
     """
 
-    def __init__(self, *, host: Host, git: GitRunner, is_wanted: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        host: Host,
+        git: GitRunner,
+        is_wanted: bool = False,
+        includes: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self._host = host
         self._git = git
         self.is_wanted: Final = is_wanted
+        self._includes = includes
         self._pointers: OrderedDict[tuple[str, str], tuple[Pointer, ...]] = OrderedDict()
         self._turn = asyncio.Lock()
 
@@ -78,7 +88,8 @@ class Lfs:
             return
         async with self._turn:
             directory = await self._directory(mirror)
-            pointers = await read_pointers(self._git, self._host, directory, commit)
+            found = await read_pointers(self._git, self._host, directory, commit)
+            pointers = tuple(one for one in found if self._includes(os.fsdecode(one.path)))
             if pointers:
                 await self._fetch(mirror, directory, commit, pointers)
         self._pointers[key] = pointers
@@ -103,23 +114,19 @@ class Lfs:
             if isinstance(error, _PASSES):
                 raise
             raise LfsError(
-                f"{mirror.repo_name}: the LFS files of {commit} cannot be had from {mirror.url}: {error.message}; push "
-                f"them there (git lfs push --all), lease another commit, or give the pool lfs=false",
+                f"{mirror.repo_name}: the LFS files of {commit} cannot be had from {mirror.url}: {_reason(error)}; "
+                f"push them there (git lfs push --all), lease another commit, or give the pool lfs=false",
                 repo_name=mirror.repo_name,
             ) from error
 
     async def _directory(self, mirror: Mirror) -> str:
         """Return the git directory that git-lfs runs in, and from which the slots' hooks come; made where missing."""
-        directory = f"{mirror.path}/repopool/lfs.git"
+        directory = _directory_of(mirror)
         if await self._host.stat(directory) is not None:
             return directory
         beside = f"{directory}-{secrets.token_hex(4)}"
         object_format = (await mirror.snapshot()).object_format
-        config = {
-            "core.bare": "true",
-            "remote.origin.url": mirror.url,
-            "lfs.storage": self._store(mirror),
-        }
+        config = {"core.bare": "true", "remote.origin.url": mirror.url}
         try:
             await self._host.apply(pristine_steps(beside, alternates=mirror.objects, object_format=object_format))
             for key, value in config.items():
@@ -178,6 +185,10 @@ class Lfs:
         """What `git lfs install --local` writes into a repository's configuration."""
         return _SECTION if self.is_wanted else ""
 
+    def alternates(self, mirror: Mirror) -> tuple[str, ...]:
+        """Return the further object directories that a lessee's repository borrows from."""
+        return (f"{_directory_of(mirror)}/objects",) if self.is_wanted else ()
+
     async def lessee_steps(self, mirror: Mirror, path: str) -> list[FileStep]:
         """Return the steps that put the hooks of `git lfs install --local` into a lessee's git directory at `path`."""
         if not self.is_wanted:
@@ -190,10 +201,17 @@ class Lfs:
         ]
 
     def _filter(self, mirror: Mirror, git_dir: str) -> list[str]:
-        return [sys.executable, "-ISB", _FILTER, self._store(mirror), _manifest(git_dir)]
+        return [sys.executable, "-ISB", _FILTER, f"{_directory_of(mirror)}/lfs", _manifest(git_dir)]
 
-    def _store(self, mirror: Mirror) -> str:
-        return f"{mirror.path}/lfs"
+
+def _reason(error: GitOperationError) -> str:
+    """Return the first thing that git-lfs complained of; the last one is only that it failed."""
+    lines = [line for line in error.stderr.splitlines() if not line.startswith("fetch: ")]
+    return lines[0] if lines else error.message
+
+
+def _directory_of(mirror: Mirror) -> str:
+    return f"{mirror.path.removesuffix('.git')}-lfs.git"
 
 
 def _manifest(git_dir: str) -> str:

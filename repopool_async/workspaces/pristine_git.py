@@ -17,23 +17,34 @@ from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.seals import Seals
 from repopool_async.workspaces.slot_paths import SlotPaths
+from repopool_async.workspaces.sparse import Sparse
 
 
 class PristineGit:
     """The trusted git directories of a pool's slots.
 
     Args:
-        lfs: how git reads and writes LFS files. own: the slots' own objects; None where they borrow the mirror's.
+        lfs: how git reads and writes LFS files. sparse: which files there are.
+        own: the slots' own objects; None where they borrow the mirror's.
     """
 
     def __init__(
-        self, *, host: Host, git: GitRunner, mirror: Mirror, seals: Seals, lfs: Lfs, own: OwnObjects | None
+        self,
+        *,
+        host: Host,
+        git: GitRunner,
+        mirror: Mirror,
+        seals: Seals,
+        lfs: Lfs,
+        sparse: Sparse,
+        own: OwnObjects | None,
     ) -> None:
         self._host = host
         self._git = git
         self._mirror = mirror
         self._seals = seals
         self._lfs = lfs
+        self._sparse = sparse
         self._own = own
 
     async def run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
@@ -50,14 +61,15 @@ class PristineGit:
 
     def config(self, slot: Slot) -> Mapping[str, str]:
         """Return what git must be told of how the slot's tree is made, to read it with the pool's index of it."""
-        return self._lfs.config(self._mirror, SlotPaths(slot.path).git)
+        return {**self._lfs.config(self._mirror, SlotPaths(slot.path).git), **self._sparse.config}
 
     async def renew(self, slot: Slot) -> None:
         """Make it from nothing, and forget all that was known of the tree."""
         paths = SlotPaths(slot.path)
         snapshot = await self._mirror.snapshot()
         steps = pristine_steps(paths.git, alternates=self.objects(slot), object_format=snapshot.object_format)
-        await self._host.apply([Discard(paths.pristine, paths.trash), *steps])
+        selection = await self._sparse.pristine_steps(paths.git)
+        await self._host.apply([Discard(paths.pristine, paths.trash), *steps, *selection])
 
     async def require_unchanged(self, slot: Slot) -> None:
         """Refuse to go by a git directory of ours that somebody else wrote to since the seal.

@@ -339,6 +339,7 @@ class Submodules:
             worktree=f"{_upwards(f'.git/{submodule.git_path}')}{submodule.path}",
             cloned_commit=cloned or submodule.commit,
             sections=self._lfs.section,
+            more_alternates=self._lfs.alternates(mirror),
         )
 
     async def _unkeep(self, place: Place, submodules: Iterable[Submodule]) -> None:

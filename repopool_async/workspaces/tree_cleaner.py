@@ -15,6 +15,7 @@ from repopool_async.workspaces.base import Checkout, Work
 from repopool_async.workspaces.nul_lists import split_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
+from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
 from repopool_async.workspaces.tree_writer import TreeWriter
 
@@ -22,10 +23,13 @@ from repopool_async.workspaces.tree_writer import TreeWriter
 class TreeCleaner:
     """Cleans the trees of a pool's slots in place."""
 
-    def __init__(self, *, host: Host, pristine: PristineGit, submodules: Submodules, writer: TreeWriter) -> None:
+    def __init__(
+        self, *, host: Host, pristine: PristineGit, submodules: Submodules, sparse: Sparse, writer: TreeWriter
+    ) -> None:
         self._host = host
         self._pristine = pristine
         self._submodules = submodules
+        self._sparse = sparse
         self._writer = writer
 
     async def switch_untouched(self, slot: Slot, checkout: Checkout) -> Work:
@@ -64,6 +68,7 @@ class TreeCleaner:
         trash = SlotPaths(slot.path).trash
         # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
         suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot)]
+        suspects += await self._outside(slot, tree=slot.path)
         removed = await self._host.remove_entries(slot.path, suspects, trash=trash)
         # Whole directories next, so that the time to available does not depend on what a lessee left in them.
         untracked = await self._untracked(slot, tree=slot.path)
@@ -100,6 +105,7 @@ class TreeCleaner:
             found.extend(f"untracked: {name}" for name in await self._untracked(slot, tree=tree))
 
         await together(modified, untracked)
+        found += [f"untracked: {name}" for name in await self._outside(slot, tree=tree)]
         return found + await self._submodules.differences(Place.of(slot, tree))
 
     async def _untracked(self, slot: Slot, *, tree: str) -> list[str]:
@@ -112,10 +118,16 @@ class TreeCleaner:
 
         Unless a submodule is checked out there nothing may lie in them, and git does not look there.
         """
-        data = await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT)
         filled = {submodule.path for submodule in await self._submodules.standing(Place.of(slot))}
-        names = [name for name in split_names(data or b"") if name not in filled]
+        names = [name for name in await self._places(slot) if name not in filled]
         return [name for name in names if await self._host.list_directory(f"{slot.path}/{name}")]
+
+    async def _outside(self, slot: Slot, *, tree: str) -> list[str]:
+        """Return the directories that are no part of what the pool checks out."""
+        return await self._sparse.outside(tree, await self._places(slot))
+
+    async def _places(self, slot: Slot) -> list[str]:
+        return split_names(await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT) or b"")
 
 
 def is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> bool:

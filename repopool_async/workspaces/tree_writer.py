@@ -15,6 +15,7 @@ from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.nul_lists import join_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
+from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
 
 _NOWHERE: Final = b"ref: refs/heads/none\n"
@@ -35,6 +36,7 @@ class TreeWriter:
         pristine: PristineGit,
         submodules: Submodules,
         lfs: Lfs,
+        sparse: Sparse,
         run_as: RunAs | None,
     ) -> None:
         self._host = host
@@ -42,6 +44,7 @@ class TreeWriter:
         self._pristine = pristine
         self._submodules = submodules
         self._lfs = lfs
+        self._sparse = sparse
         self._run_as = run_as
 
     async def obtain(self, commit: str) -> None:
@@ -117,7 +120,8 @@ class TreeWriter:
     async def _list_gitlinks(self, slot: Slot, commit: str) -> list[str]:
         listing = await self._pristine.run(slot, "ls-tree", "-r", "-d", "-z", commit)
         entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(b"160000 ")]
-        return [name.decode(errors="surrogateescape") for _, _, name in entries]
+        names = [name.decode(errors="surrogateescape") for _, _, name in entries]
+        return [name for name in names if self._sparse.includes(name)]
 
     async def _give(self, slot: Slot, tree: str) -> None:
         """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""

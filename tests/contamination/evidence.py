@@ -156,6 +156,8 @@ def _git_entries(git_dir: Path) -> Iterator[tuple[str, str]]:
     """Say what is in a git directory: names, kinds and modes of everything, and the bytes of what is small text."""
     for name, text in _walk(git_dir, _describe):
         is_object = name.startswith("objects/") and name not in ("objects/info", "objects/pack")
+        if name == "lfs" or name.startswith("lfs/"):
+            is_object = True  # of Git LFS, which are borrowed too
         if is_object and name != "objects/info/alternates":
             yield name, "an object"
         elif name in ("HEAD", "shallow", "commondir") or name.startswith("refs/"):
@@ -193,7 +195,10 @@ def _git_says(clone: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
         )
 
     configuration = git("config", "--local", "--list").splitlines()
-    yield "config", "\n".join(line for line in configuration if not line.startswith(DOCUMENTED_KEYS))
+    # git-lfs writes its keys in no particular order.
+    own = sorted(line for line in configuration if line.startswith("filter.lfs."))
+    others = [line for line in configuration if not line.startswith((*DOCUMENTED_KEYS, "filter.lfs."))]
+    yield "config", "\n".join([*others, *own])
     yield "refs", git("for-each-ref", "--format=%(refname) %(objectname) %(symref) %(upstream)")
     index = git("ls-files", "--stage", "-v", "--debug")
     yield "index", re.sub(r"^  (ctime|mtime|dev|uid|size):.*?(?=flags|$)", "", index, flags=re.MULTILINE)

@@ -4,6 +4,7 @@ Branches `main` and `feature` (which changes attributes, kinds of files and the 
 the commit it stands on. Built by one fast-import, so it is the same everywhere.
 """
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -52,9 +53,13 @@ _GONE_ON_FEATURE = ("assets/only.txt", "vendor/lib", "README.md", "src/pkg/deep/
 
 
 class Origin:
-    """The repository at `path` (its URL too), and the one its submodule comes from."""
+    """The repository at `path` (its URL too), and the one its submodule comes from.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        with_lfs: whether `main` has a Git LFS file besides.
+    """
+
+    def __init__(self, directory: Path, *, with_lfs: bool = False) -> None:
         self.path = directory / "origin.git"
         self.submodule = directory / "lib.git"
         _init(self.submodule)
@@ -63,7 +68,8 @@ class Origin:
         _init(self.path)
         gitlink = b"M 160000 %s vendor/lib\n" % library
         modules = f'[submodule "vendor/lib"]\n\tpath = vendor/lib\n\turl = {self.submodule}\n'.encode()
-        main = _commit("main", {**_MAIN, ".gitmodules": (_FILE, modules)}, message="Second")
+        more = self._large_files() if with_lfs else {}
+        main = _commit("main", {**_MAIN, ".gitmodules": (_FILE, modules), **more}, message="Second")
         gone = b"".join(f"D {name}\n".encode() for name in _GONE_ON_FEATURE)
         _import(
             self.path,
@@ -75,6 +81,16 @@ class Origin:
         )
         self.first = _output(self.path, "rev-parse", "v1^{commit}")
         self.second = _output(self.path, "rev-parse", "main")
+
+    def _large_files(self) -> Entries:
+        content = bytes(range(256)) * 40
+        name = hashlib.sha256(content).hexdigest()
+        stored = self.path / "lfs/objects" / name[:2] / name[2:4] / name
+        stored.parent.mkdir(parents=True)
+        stored.write_bytes(content)
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{name}\nsize {len(content)}\n".encode()
+        attributes = _MAIN[".gitattributes"][1] + b"*.large filter=lfs diff=lfs merge=lfs -text\n"
+        return {".gitattributes": (_FILE, attributes), "data/film.large": (_FILE, pointer)}
 
     @property
     def url(self) -> str:

@@ -87,7 +87,7 @@ class Bench:
         self.environment = {**_ENVIRONMENT, "HOME": str(directory / "home"), "GIT_CONFIG_GLOBAL": "/dev/null"}
         for name in ("home", "references", "template"):
             (directory / name).mkdir(parents=True)
-        self.origin = Origin(directory)
+        self.origin = Origin(directory, with_lfs=bool(options.get("lfs")))
         self._make_template()
         self._references: dict[str, Evidence] = {}
 
@@ -95,7 +95,7 @@ class Bench:
         """Return the evidence of a fresh clone."""
         if then not in self._references:
             clone = self.directory / "references" / then
-            fresh_clone(self.origin, clone, then, self.environment)
+            fresh_clone(self.origin, clone, then, self.environment, self.options)
             self._references[then] = clone_evidence(clone, self.environment)
         return self._references[then]
 
@@ -306,12 +306,23 @@ class _Trial:
             self._scene.end()
 
 
-def fresh_clone(origin: Origin, clone: Path, then: str, environment: Mapping[str, str]) -> None:
-    """Clone as a user would who wants to see one ref."""
+def fresh_clone(
+    origin: Origin, clone: Path, then: str, environment: Mapping[str, str], options: Mapping[str, Any] | None = None
+) -> None:
+    """Clone as a user would who wants to see one ref, and what the options of a pool say."""
 
+    options = options or {}
     branch = "v1" if then == "commit" else then  # that tag stands on that commit, and shows the same
-    command = ["git", "clone", "-q", "--template=", "--branch", branch, origin.url, str(clone)]
-    subprocess.run(command, env=dict(environment), check=True, capture_output=True)
+    command = ["git"]
+    if options.get("lfs"):
+        command += ["-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"]
+    commands = [[*command, "clone", "-q", "--template=", "--branch", branch, origin.url, str(clone)]]
+    if options.get("sparse"):
+        commands.append(["git", "-C", str(clone), "sparse-checkout", "set", "--cone", *options["sparse"]])
+    if options.get("lfs"):
+        commands.append(["git", "-C", str(clone), "lfs", "install", "--local"])
+    for command in commands:
+        subprocess.run(command, env=dict(environment), check=True, capture_output=True)
 
 
 def clear(directory: Path) -> None:

@@ -183,7 +183,7 @@ async def test_a_damaged_object_is_found_and_fetched_again(
     manager: PoolManager, url: str, tmp_path: Path, server: LfsServer
 ) -> None:
     await make_pool(manager, url)
-    (stored,) = [path for path in (tmp_path / "pools/web/mirror.git/lfs/objects").rglob("*") if _is(path, ONE)]
+    (stored,) = [path for path in (tmp_path / "pools/web/mirror-lfs.git/lfs/objects").rglob("*") if _is(path, ONE)]
     stored.chmod(0o644)
     stored.write_bytes(ONE.replace(b"one", b"eno"))
     async with manager.lease("web") as slot:  # nothing is read, so nothing is wrong
