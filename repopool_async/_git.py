@@ -123,6 +123,8 @@ _FIXED: Final[Mapping[str, str]] = {
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_NO_REPLACE_OBJECTS": "1",
     "GIT_LFS_SKIP_SMUDGE": "1",
+    # Nothing is fetched unasked, object by object; older gits are kept from it by not being told where from.
+    "GIT_NO_LAZY_FETCH": "1",
 }
 _PASSED_ON: Final = (
     *("PATH", "TMPDIR", "USER", "LOGNAME", "SSH_AUTH_SOCK", "KRB5CCNAME", "KRB5_CONFIG"),

@@ -164,6 +164,7 @@ class Assembler:
             locks=self._shared.locks,
             repo_name=record.repo_name,
             remotes=options.remotes,
+            is_blobless=options.history == "blobless",
         )
 
     def _workspace(

@@ -101,7 +101,9 @@ class PoolOptions:
         INNER_PATHS, (), "the only directories to check out, besides files above them; none: all"
     )
     history: Literal["full", "blobless"] = option(
-        choice("full", "blobless"), "full", "whether old file contents are fetched in advance"
+        choice("full", "blobless"),
+        "full",
+        "full: everything is fetched; blobless: file contents only as far as check-outs need them",
     )
     cleanup: Literal["background", "inline"] = option(
         choice("background", "inline"), "background", "whether leaving a lease waits for its clean-up"
@@ -134,6 +136,8 @@ class PoolOptions:
             raise located(
                 "cannot be had with submodules: git would check them out beside the selection too", ("sparse",)
             )
+        if self.history != "full" and self.remotes:
+            raise located("cannot be blobless with remotes: only origin promises what is missing", ("history",))
         if self.lfs and self.hosts:
             raise located("cannot be had where hosts are: the pool's filter runs on this machine", ("lfs",))
         longest = self.max_lease_seconds

@@ -20,7 +20,6 @@ UNSUPPORTED: Final = frozenset(
         "keep",
         "setup",
         "setup_key",
-        "history",
         "hosts",
         "coordination",
         "webhooks",

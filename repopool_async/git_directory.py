@@ -17,6 +17,7 @@ OWN_CONFIG: Final[Mapping[str, str]] = {"gc.auto": "0", "maintenance.auto": "fal
 """The keys by which a slot's configuration differs from a fresh clone's: a lessee's git must not start a detached
 garbage collection that outlives the lease."""
 
+_PROMISE: Final = "\tpromisor = true\n\tpartialclonefilter = blob:none\n"
 _ZERO: Final = "0"
 _ANY_FILE: Final = 0o666
 _ANY_DIRECTORY: Final = 0o777
@@ -54,6 +55,7 @@ class GitDirectory:
         at: the time that reflogs tell.
         submodules: those initialised, in order of their paths; None where submodules are left alone.
         worktree: of a submodule's git directory, the way from there to its files; None for one that lies in its tree.
+        is_blobless: whether file contents that are missing are promised by `origin`.
         more_alternates: further object directories to borrow from, where any is.
         sections: further sections of its configuration, as text.
         cloned_commit: of a submodule's git directory, what `default_branch` (or the remote's HEAD) is: it was checked
@@ -76,6 +78,7 @@ class GitDirectory:
     worktree: str | None = None
     cloned_commit: str | None = None
     sections: str = ""
+    is_blobless: bool = False
     more_alternates: tuple[str, ...] = ()
 
     @property
@@ -144,10 +147,10 @@ def pristine_steps(path: str, *, alternates: str, object_format: str) -> list[Fi
     ]
 
 
-def _core_section(object_format: str, worktree: str | None = None) -> str:
+def _core_section(object_format: str, worktree: str | None = None, *, is_blobless: bool = False) -> str:
     lines = [
         "[core]",
-        f"\trepositoryformatversion = {0 if object_format == 'sha1' else 1}",
+        f"\trepositoryformatversion = {int(object_format != 'sha1' or is_blobless)}",
         "\tfilemode = true",
         "\tbare = false",
         "\tlogallrefupdates = true",
@@ -160,11 +163,12 @@ def _core_section(object_format: str, worktree: str | None = None) -> str:
 
 
 def _config(shows: GitDirectory) -> str:
-    text = _core_section(shows.object_format, shows.worktree)
+    text = _core_section(shows.object_format, shows.worktree, is_blobless=shows.is_blobless)
     if shows.submodules is not None and shows.worktree is None:
         text += "[submodule]\n\tactive = .\n"
     for name, url in {"origin": shows.url, **shows.remotes}.items():
         text += f'[remote "{name}"]\n\turl = {_quoted(url)}\n\tfetch = +refs/heads/*:refs/remotes/{name}/*\n'
+        text += _PROMISE if name == "origin" and shows.is_blobless else ""
     if shows.tracking_branch:
         merge = _quoted(f"refs/heads/{shows.tracking_branch}")
         text += f'[branch "{_escaped(shows.tracking_branch)}"]\n\tremote = origin\n\tmerge = {merge}\n'

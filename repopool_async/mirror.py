@@ -9,7 +9,7 @@ garbage collection here, only repacking. Slots, leases and cleaning are not its 
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -28,9 +28,9 @@ from repopool_async.exceptions import (
 )
 from repopool_async.hosts.base import FileStat, Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.lock_manager import LockManager
+from repopool_async.mirror_blobs import MirrorBlobs
 from repopool_async.mirror_builder import MirrorBuilder
-from repopool_async.mirror_git import MirrorGit
-from repopool_async.mirror_repair import find_damage
+from repopool_async.mirror_git import PROMISES, MirrorGit
 from repopool_async.mirror_snapshots import MirrorSnapshots, MirrorState
 from repopool_async.models import ResolvedRef
 from repopool_async.ref_resolver import RefResolver
@@ -71,6 +71,7 @@ class Mirror:
         git: runs git with the pool's environment (and credentials, if any).
         remotes: further remotes, name to URL, each fetched into `refs/remotes/<name>/*`.
         repo_name: for messages and the name of the lock. lock_id: another name for the lock.
+        is_blobless: fetch file contents only when a check-out needs them.
         trash: where a replaced mirror goes; `trash` beside it where missing.
     """
 
@@ -84,6 +85,7 @@ class Mirror:
         locks: LockManager,
         repo_name: str,
         remotes: Mapping[str, str] | None = None,
+        is_blobless: bool = False,
         lock_id: str | None = None,
         trash: str | None = None,
     ) -> None:
@@ -91,7 +93,8 @@ class Mirror:
         self.url = url
         self.remotes: Mapping[str, str] = dict(remotes or {})
         self._host = host
-        self._git = MirrorGit(git, path, url, remotes=self.remotes, repo_name=repo_name)
+        self._git = MirrorGit(git, path, url, remotes=self.remotes, repo_name=repo_name, is_blobless=is_blobless)
+        self._blobs = MirrorBlobs(self._git)
         self._snapshots = MirrorSnapshots(host, self._git)
         self._trash = trash or f"{path.rpartition('/')[0]}/trash"
         self._builder = MirrorBuilder(host, self._git, self._snapshots, trash=self._trash)
@@ -112,6 +115,11 @@ class Mirror:
     def repo_name(self) -> str:
         """The pool's name."""
         return self._repo_name
+
+    @property
+    def promises(self) -> Mapping[str, str]:
+        """The configuration by which git knows that what is missing is promised by `origin`; empty where nothing is."""
+        return PROMISES if self._git.is_blobless else {}
 
     @property
     def objects(self) -> str:
@@ -155,7 +163,7 @@ class Mirror:
         """
         self._snapshot = None  # looked at anew, whatever we remember
         await self.snapshot()
-        if await find_damage(self._git.runner, self.path):
+        if await self._git.find_damage():
             await self.rebuild()
 
     async def fetch(self) -> None:
@@ -240,6 +248,18 @@ class Mirror:
             await self.fetch()
             await self._resolver.resolve_commit(commit)
 
+    async def obtain_contents(self, commit: str, includes: Callable[[str], bool]) -> None:
+        """Have the contents of a commit's files here, where the mirror does not have all contents anyway.
+
+        Args:
+            includes: says of a path whether it is wanted.
+
+        Raises:
+            GitOperationError: they could not be fetched.
+        """
+        if self._git.is_blobless:
+            await self._blobs.obtain(commit, (await self.snapshot()).build, includes)
+
     async def keep(self, slot_id: str, commit: str) -> None:
         """Protect the commit a slot stands on from any later maintenance."""
         path = f"{self.path}/refs/repopool/keep/{slot_id}"
@@ -259,7 +279,8 @@ class Mirror:
     async def maintain(self) -> None:
         """Repack incrementally and pack refs; nothing is pruned. Call it when the pool is idle."""
         async with self._alone():
-            await self._git.run("repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index")
+            names = await self._host.list_directory(f"{self.objects}/pack")
+            await self._git.repack(sum(name.endswith(".pack") for name in names))
             await self._git.run("pack-refs", "--all")
 
     async def check(self) -> list[str]:
@@ -269,7 +290,7 @@ class Mirror:
         """
         if await self._host.stat(f"{self.path}/HEAD") is None:
             return [f"{self.path} is missing"]
-        return [*await self._snapshots.problems(), *await find_damage(self._git.runner, self.path)]
+        return [*await self._snapshots.problems(), *await self._git.find_damage()]
 
     async def has(self, commit: str) -> bool:
         """Return whether a commit is here."""

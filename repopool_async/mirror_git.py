@@ -4,13 +4,15 @@ Only the arguments are decided here. When the network is used, under which lock,
 the mirror's business.
 """
 
+import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from repopool_async._aio import together
-from repopool_async._git import WORK_MARK, GitRunner
+from repopool_async._git import WORK_MARK, GitRunner, with_config
 from repopool_async.exceptions import EmptyRepositoryError, GitRefMissingError
+from repopool_async.mirror_repair import find_damage
 from repopool_async.models import GitResult
 from repopool_async.refs import REMOTE_HEAD
 
@@ -26,24 +28,55 @@ _MIRROR_CONFIG: Final[Mapping[str, str]] = {
 }
 
 
+PROMISES: Final[Mapping[str, str]] = {"remote.origin.promisor": "true", "remote.origin.partialCloneFilter": "blob:none"}
+"""The configuration that says that contents which are missing can be had from `origin`."""
+_MANY_PACKS: Final = 50
+
+_log: Final = logging.getLogger("repopool")
+
+
 class MirrorGit:
     """Git on one mirror, or on the directory that is to become it.
+
+    Args:
+        is_blobless: whether file contents are left at the remote. Only commands that are to know are told of it.
 
     Attributes:
         path: where the mirror lies. url: of `origin`. remotes: further remotes, name to URL.
     """
 
-    def __init__(self, runner: GitRunner, path: str, url: str, *, remotes: Mapping[str, str], repo_name: str) -> None:
+    def __init__(
+        self,
+        runner: GitRunner,
+        path: str,
+        url: str,
+        *,
+        remotes: Mapping[str, str],
+        repo_name: str,
+        is_blobless: bool = False,
+    ) -> None:
         self.runner = runner
+        self.is_blobless = is_blobless
         self.path = path
         self.url = url
         self.remotes = remotes
         self.repo_name = repo_name
         self._known_remotes: dict[str, str] = {}
 
-    async def run(self, *args: str, git_dir: str | None = None, ok: tuple[int, ...] = (0,)) -> GitResult:
+    @property
+    def _promising(self) -> GitRunner:
+        """Git that knows what is promised; its environment is the present one, for credentials may change."""
+        if not self.is_blobless:
+            return self.runner
+        return self.runner.bind(environment=with_config(self.runner.environment, PROMISES))
+
+    async def run(
+        self, *args: str, git_dir: str | None = None, ok: tuple[int, ...] = (0,), input: bytes | None = None
+    ) -> GitResult:
         """Run git in the mirror, or in `git_dir`."""
-        return await self.runner.run(*args, git_dir=git_dir or self.path, ok_codes=ok, repo_name=self.repo_name)
+        return await self.runner.run(
+            *args, git_dir=git_dir or self.path, ok_codes=ok, input=input, repo_name=self.repo_name
+        )
 
     async def change_refs(self, commands: bytes) -> None:
         """Do what `update-ref --stdin` takes."""
@@ -67,10 +100,14 @@ class MirrorGit:
             GitOperationError: that failed. EmptyRepositoryError: origin has no commits.
         """
         # Objects are copied, never linked: somebody who writes into the source must not write into the mirror.
-        await self.runner.run(
+        done = await self.runner.run(
             "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(), "--end-of-options",
             self.url, directory, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},
         )  # fmt: skip
+        if self.is_blobless:
+            await self._forget_promises(directory)
+            if "filtering not recognized" in done.stderr:
+                _log.warning("%s: %s does not serve partial clones; everything was fetched", self.repo_name, self.url)
         has_refs = bool((await self.run("for-each-ref", "--count=1", git_dir=directory)).text)
         if not has_refs and await self.peel("HEAD", directory) is None:  # a detached HEAD needs no ref
             raise EmptyRepositoryError(
@@ -82,12 +119,42 @@ class MirrorGit:
         await self.fetch_remotes(directory)
 
     def _locality(self) -> tuple[str, ...]:
-        """Say how a local source is copied: one that borrows objects itself must be transferred, not copied."""
+        """Say how the source is copied: one that borrows objects itself must be transferred; and how much of it."""
+        if self.is_blobless:
+            return ("--no-local", f"--filter={PROMISES['remote.origin.partialCloneFilter']}")
         borrows = self.url.startswith("/") and any(
             os.path.exists(f"{self.url}/{name}objects/info/alternates")  # noqa: PTH110 - the source, not a slot
             for name in ("", ".git/")
         )
         return ("--no-local",) if borrows else ()
+
+    async def _forget_promises(self, directory: str) -> None:
+        for key in (*PROMISES, "extensions.partialClone"):
+            await self.run("config", "--unset-all", key, git_dir=directory, ok=(0, 5))
+
+    async def fetch_objects(self, ids: Sequence[str]) -> None:
+        """Fetch objects by their names, all at once, and nothing with them."""
+        await self._promising.run(
+            "fetch", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--no-recurse-submodules",
+            "--progress", "--stdin", "--end-of-options", "origin", git_dir=self.path, retry=True,
+            repo_name=self.repo_name, input="".join(f"{one}\n" for one in ids).encode(),
+            config={"fetch.negotiationAlgorithm": "noop"},
+        )  # fmt: skip
+
+    async def find_damage(self) -> list[str]:
+        """Return what is wrong with the mirror's objects, a line each (slow)."""
+        return await find_damage(self._promising, self.path)
+
+    async def repack(self, packs: int) -> None:
+        """Join packs; nothing is pruned.
+
+        Args:
+            packs: how many there are. Where contents are promised, joining reads everything, and waits for many.
+        """
+        if not self.is_blobless:
+            await self.run("repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index")
+        elif packs > _MANY_PACKS:
+            await self._promising.run("repack", "-a", "-d", "-k", "-q", "--no-write-bitmap-index", git_dir=self.path)
 
     async def fetch_origin(self, *, with_head: bool) -> None:
         """Fetch the branches, the tags and, `with_head`, what the remote's HEAD is."""
@@ -119,7 +186,7 @@ class MirrorGit:
             self._known_remotes = dict(self.remotes)
 
     async def _fetch_from(self, remote: str, refspecs: list[str], directory: str) -> None:
-        await self.runner.run(
+        await self._promising.run(
             "fetch", "--prune", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--progress",
             "--no-recurse-submodules", "--update-shallow", "--end-of-options", remote, *refspecs,
             git_dir=directory, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},
@@ -131,7 +198,7 @@ class MirrorGit:
         Raises:
             GitRefMissingError: the remote does not have it.
         """
-        await self.runner.run(
+        await self._promising.run(
             "fetch", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--no-recurse-submodules",
             "--progress", "--update-shallow", "--end-of-options", "origin", f"+{source}:{target}",
             git_dir=self.path, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},

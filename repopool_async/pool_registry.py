@@ -188,7 +188,7 @@ def _refuse_change(stored: Pool | None, options: PoolOptions) -> None:
     if stored is None:
         return
     was = PoolOptions.from_mapping(stored.options)
-    for key in ("isolation", "run_as"):
+    for key in ("isolation", "run_as", "history"):
         if getattr(was, key) != getattr(options, key):
             raise ConfigError(
                 f"{stored.repo_name}: {key} is {getattr(was, key)} and stays so as long as the pool exists; "

@@ -22,7 +22,7 @@ from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDir
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CommandResult, GitResult, RestoredSalvage, SalvageRecord, Slot
-from repopool_async.salvage_reader import LeftWork, SalvageReader
+from repopool_async.salvage_reader import EXCLUDE_PROMISED, LeftWork, SalvageReader
 from repopool_async.workspaces.base import WorkspaceStrategy
 
 SALVAGE_LOCKS: Final = "salvage-"
@@ -145,17 +145,22 @@ class Salvage:
         """Make the commit, bring it and all that it needs into `salvage.git`, and only then name it."""
         commit = await self._commit(record, work, repository)
         boundary = await self._boundary(commit, repository)
+        promises = self._mirror.promises
+        missing, promised = (("--missing=allow-promisor",), (EXCLUDE_PROMISED,)) if promises else ((), ())
         async with self._alone():
             await self._make_repository()
             revisions = "".join(f"{line}\n" for line in (commit, "--not", *boundary)).encode()
             await self._git.run(
-                "pack-objects", "-q", "--revs", "--local", "--delta-base-offset", f"{self.path}/objects/pack/pack",
-                git_dir=repository, input=revisions, config=_DURABLE, repo_name=self._repo_name,
+                *("pack-objects", "-q", *missing, "--revs", "--local", "--delta-base-offset"),
+                f"{self.path}/objects/pack/pack",
+                git_dir=repository, input=revisions, config={**_DURABLE, **promises}, repo_name=self._repo_name,
             )  # fmt: skip
             # The mirror's maintenance must not prune what the saved commits stand on.
             for number, base in enumerate(boundary):
                 await self._mirror.keep(f"salvage-{record.salvage_id}-{number}", base)
-            await self._run("rev-list", "--objects", "--quiet", commit, "--not", "--alternate-refs")
+            await self._run(
+                "rev-list", "--objects", *promised, "--quiet", commit, "--not", "--alternate-refs", config=promises
+            )
             await self._change("update-ref", "--no-deref", f"{_REFS}/{record.salvage_id}", commit)
         return attrs.evolve(record, commit=commit)
 
@@ -344,14 +349,14 @@ class Salvage:
         stale = ["packed-refs.lock", "shallow.lock", *(name for name in refs if name.endswith(".lock"))]
         await self._host.apply([RemoveFile(f"{self.path}/{name}") for name in stale])
 
-    async def _run(self, *args: str) -> GitResult:
-        return await self._git.run(*args, git_dir=self.path, repo_name=self._repo_name)
+    async def _run(self, *args: str, config: Mapping[str, str] | None = None) -> GitResult:
+        return await self._git.run(*args, git_dir=self.path, config=config, repo_name=self._repo_name)
 
     async def _change(self, *args: str, input: bytes | None = None) -> None:
         """Run git that writes; whoever holds the lock after our death ends it."""
         await self._git.run(
-            *args, git_dir=self.path, input=input, config=_DURABLE, repo_name=self._repo_name,
-            env={WORK_MARK: self.path},
+            *args, git_dir=self.path, input=input, config={**_DURABLE, **self._mirror.promises},
+            repo_name=self._repo_name, env={WORK_MARK: self.path},
         )  # fmt: skip
 
 

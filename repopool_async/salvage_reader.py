@@ -36,6 +36,8 @@ _OBJECTS_FILES: Final = 500_000
 _OBJECTS_SLACK: Final = 4
 """What lies in a lessee's object directory may be so many times the limit: unreachable objects are not saved."""
 _TIPS: Final = 500
+EXCLUDE_PROMISED: Final = "--exclude-promisor-objects"
+"""Makes git take what the remote promised for there, and fetch none of it."""
 _RAW: Final = b"* -text -eol -ident -filter -working-tree-encoding\n"
 
 
@@ -250,9 +252,12 @@ class SalvageReader:
     async def _list(self, *options: str, revisions: Iterable[str], is_checked: bool = True) -> GitResult:
         """Run rev-list over revisions, leaving out all that the mirror's refs reach."""
         asked = "".join(f"{revision}\n" for revision in revisions).encode()
-        return await self._run(
-            "rev-list", *options, "--stdin", "--not", "--alternate-refs", input=asked, is_checked=is_checked
-        )
+        promises = self._mirror.promises
+        promised = (EXCLUDE_PROMISED,) if promises and "--objects" in options else ()
+        return await self._git.run(
+            *("rev-list", *options, *promised, "--stdin", "--not", "--alternate-refs"),
+            git_dir=self.repository, input=asked, check=is_checked, config=promises, slot_id=self._slot.slot_id,
+        )  # fmt: skip
 
     async def _arrange(self, refs: Refs, old: set[str], accepted: list[_Tip]) -> LeftWork:
         """Say what is the lessee's HEAD, and which tips are to be kept beside it."""
@@ -294,7 +299,8 @@ class SalvageReader:
         refused = await self._add(deleted, [*changed, *untracked])
         work.files_changed = len(deleted) + len([name for name in changed if name not in refused])
         work.untracked = len([name for name in untracked if name not in refused])
-        work.tree = (await self._run("write-tree")).text
+        # What the mirror was never asked for is no loss.
+        work.tree = (await self._run("write-tree", *(["--missing-ok"] if self._mirror.promises else []))).text
 
     async def _clear_the_way(self) -> None:
         """Take out of the tree what would hang git or make it look into another repository.

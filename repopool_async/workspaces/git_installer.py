@@ -132,5 +132,6 @@ class GitInstaller:
             at=now(),
             submodules=plan.entries.get("", ()) if plan.entries is not None else None,
             sections=self._sparse.section + self._lfs.section,
+            is_blobless=bool(self._mirror.promises),
             more_alternates=self._lfs.alternates(self._mirror),
         )

@@ -54,6 +54,7 @@ class TreeWriter:
             SubmoduleError, UnknownRefError, LfsError: it is refused, or cannot be had.
             GitOperationError: likewise.
         """
+        await self._mirror.obtain_contents(commit, self._sparse.includes)
         await self._lfs.obtain(self._mirror, commit)
         await self._submodules.plan(commit)
 

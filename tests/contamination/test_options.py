@@ -18,8 +18,10 @@ from tests.contamination.trial import REFS, Bench
 OPTIONS: dict[str, dict[str, Any]] = {
     "lfs": {"lfs": True},
     "sparse": {"sparse": ["src/pkg", "docs", "extra"]},
+    "blobless": {"history": "blobless"},
 }
 CHOSEN = {
+    "blobless": ("tracked_files_edited", "objects_emptied", "tree_deleted"),
     "lfs": ("tracked_files_edited", "filter_smudge_by_info", "tree_deleted"),
     "sparse": ("untracked_directories", "sparse_checkout_by_patterns", "sparse_index", "skip_worktree_hides_an_edit"),
 }

@@ -88,6 +88,9 @@ class Bench:
         for name in ("home", "references", "template"):
             (directory / name).mkdir(parents=True)
         self.origin = Origin(directory, with_lfs=bool(options.get("lfs")))
+        if options.get("history"):
+            allow = ["git", "-C", self.origin.url, "config", "uploadpack.allowFilter", "true"]
+            subprocess.run(allow, check=True)
         self._make_template()
         self._references: dict[str, Evidence] = {}
 
@@ -159,6 +162,11 @@ class Bench:
     async def _ensure_pool(self, manager: PoolManager) -> None:
         if POOL not in await manager.list_pools():
             await manager.create_pool(POOL, self.origin.url, num_slots=1, **self.options)
+            for then in REFS if self.options.get("history") == "blobless" else ():
+                # What a check-out fetches is there from now on, so that a trial changes nothing of the mirror.
+                async with manager.lease(POOL, ref=self.name_of(then)):
+                    pass
+                await manager.wait_clean()
 
     def throw_away_pool(self) -> None:
         """Make the next trial begin with a new pool."""
@@ -314,9 +322,10 @@ def fresh_clone(
     options = options or {}
     branch = "v1" if then == "commit" else then  # that tag stands on that commit, and shows the same
     command = ["git"]
+    partial = ["--no-local", "--filter=blob:none"] if options.get("history") == "blobless" else []
     if options.get("lfs"):
         command += ["-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"]
-    commands = [[*command, "clone", "-q", "--template=", "--branch", branch, origin.url, str(clone)]]
+    commands = [[*command, "clone", "-q", "--template=", *partial, "--branch", branch, origin.url, str(clone)]]
     if options.get("sparse"):
         commands.append(["git", "-C", str(clone), "sparse-checkout", "set", "--cone", *options["sparse"]])
     if options.get("lfs"):
