@@ -86,7 +86,8 @@ class ConfiguredPools:
         if spec is None:
             return  # removed from the configuration meanwhile
         try:
-            await self._registry.create(name, spec.repo_url, spec.options, is_exact=self.is_exact)
+            pool = await self._registry.create(name, spec.repo_url, spec.options, is_exact=self.is_exact)
+            await pool.keeper.recover()  # opening did so for the pools that were there, not for those of the file
         except (PoolManagerError, OSError) as error:
             self._shared.bus.emit("pool.failed", {"repo_name": name, "error": str(error)})
             raise

@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Final
 
-import anyio
 import attrs
 
 from repopool_async._aio import Deadline, TaskSet, shielded, together
@@ -135,25 +134,29 @@ class SlotKeeper:
     @asynccontextmanager
     async def _while_it_stands(self, hold: Hold) -> AsyncIterator[None]:
         """Interrupt the block, with `LeaseLostError`, where the slot is taken away: whoever did is in the tree now."""
-        with anyio.CancelScope() as scope:
-            watcher = self._tasks.spawn(self._watch(hold, scope), name=f"watch-{hold.slot.slot_id}")
-            try:
-                yield
-            finally:
-                watcher.cancel()
-        if scope.cancelled_caught:
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                watcher = self._tasks.spawn(self._watch(hold, limit), name=f"watch-{hold.slot.slot_id}")
+                try:
+                    yield
+                finally:
+                    watcher.cancel()
+        except TimeoutError:
+            if not limit.expired():
+                raise
             raise LeaseLostError(
                 f"{hold.slot.slot_id}: was taken away while being cleaned",
                 slot_id=hold.slot.slot_id,
                 repo_name=self._pool.name,
-            )
+            ) from None
 
-    async def _watch(self, hold: Hold, scope: anyio.CancelScope) -> None:
+    async def _watch(self, hold: Hold, limit: asyncio.Timeout) -> None:
         held = Hold(hold.slot, hold.token, hold.lock)  # no longer a lease, which a grant is asked for
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             if not await self._pool.parts.coordinator.is_held(held):
-                scope.cancel()
+                limit.reschedule(0)
                 return
 
     async def interrupt(self, slot_id: str) -> None:

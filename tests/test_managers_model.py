@@ -85,6 +85,7 @@ class Managers(RuleBasedStateMachine):
         self.ended: list[_Lease] = []
         self.unsaved: dict[str, set[str]] = {}
         self.must_be_saved: set[str] = set()
+        self.tokens: dict[str, int] = {}
         self.target: int | None = None
         self.in_file = 0
 
@@ -131,6 +132,8 @@ class Managers(RuleBasedStateMachine):
             assert given is not None
         slot_id = given["slot_id"]
         assert slot_id in self.dead() or self.slots[slot_id].is_free
+        assert given["token"] > self.tokens.get(slot_id, 0)
+        self.tokens[slot_id] = given["token"]
         self.see_saved(slot_id)
         expires = self.world.ahead + TTL if is_detached else None
         lease = _Lease(given["lease_id"], slot_id, given["token"], Path(given["path"]), process, expires)
@@ -258,8 +261,7 @@ class Managers(RuleBasedStateMachine):
     def recover(self, index: int) -> None:
         process = self.process(index)
         process.call("recover")
-        self.look(process)
-        # Another process may have been at some of them, and need a little longer.
+        self.look(process)  # another process may have been at some of them, and need a little longer
 
     @precondition(lambda self: len(self.slots) < MOST_SLOTS)
     @rule(index=_process)

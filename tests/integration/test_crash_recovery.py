@@ -200,6 +200,20 @@ async def test_a_surplus_slot_goes_only_once_its_work_is_saved(manager: PoolMana
     await assert_saved(manager, directory, hold.slot.lease.lease_id)
 
 
+async def test_opening_with_a_configuration_recovers_the_slots_of_its_pools(tmp_path: Path, origin: Path) -> None:
+    directory = tmp_path / "pools"
+    await make_pool(directory, origin)
+    (lease_id,) = await left_work(directory)
+    (tmp_path / "pools.yaml").write_text(
+        f"workspaces_dir: {directory}\njanitor_interval: 3600\npools:\n  web: {{repo_url: {origin}}}\n"
+    )
+    async with PoolManager.from_config_file(tmp_path / "pools.yaml") as manager:
+        await manager.wait_ready(60)
+        await manager.wait_clean()
+        assert await manager.available_count("web") == 1
+        await assert_saved(manager, directory, lease_id)
+
+
 async def test_a_quarantined_slot_keeps_its_work_until_that_is_saved(manager: PoolManager, tmp_path: Path) -> None:
     directory = tmp_path / "pools"
     (lease_id,) = await left_work(directory)
