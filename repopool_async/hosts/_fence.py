@@ -137,9 +137,10 @@ def _registered(slot_directory: str, last: int) -> Iterator[_Registered]:
                 words = file.read().split()
         except OSError:
             continue
-        # One that has not finished writing has yet to look at the fence, and will be refused.
         start_time, boot = words if len(words) == 2 else ("", "")
-        yield _Registered(path, int(match[2]), start_time, boot)
+        # One that has not finished registering has yet to look at the fence.
+        if boot or process_start_time(int(match[2])) is None:
+            yield _Registered(path, int(match[2]), start_time, boot)
 
 
 def _kill_strays(key: str, last: int) -> list[int]:

@@ -73,7 +73,7 @@ class Shell:
         self._host_id = host_id
         self._target = target
         self._options = options
-        self._tasks = TaskSet(f"ssh:{host_id}")
+        self._tasks = TaskSet(f"ssh:{host_id}", on_error=_note_failure)
         self._breaker = Breaker(options.breaker_failures, options.first_pause_seconds)
         self._primary = self._new_connection()
         self._own_work = asyncio.Semaphore(max(1, options.max_channels - _RESERVED_CHANNELS))
@@ -275,3 +275,9 @@ class Shell:
         self._tasks.spawn(
             self._call_once(lambda _: command("signal_group", number, pid), ("processes",)), name="signal"
         )
+
+
+def _note_failure(name: str, failure: BaseException) -> None:
+    # That a host cannot be reached is told to whoever waits for it.
+    level = logging.DEBUG if isinstance(failure, HostUnreachableError) else logging.ERROR
+    logger.log(level, "background task %s failed", name, exc_info=failure)

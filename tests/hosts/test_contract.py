@@ -699,7 +699,7 @@ class TestFence:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         assert Path(slot, "fence", f"{42:020d}", "boot").read_text() == boot
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 42)) as process:
-            await _until(lambda: names_in(f"{slot}/run") != [])
+            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             (name,) = names_in(f"{slot}/run")
             assert name == f"{42:020d}.{process.pid}"
             start = process_start_time(process.pid)
@@ -738,7 +738,7 @@ class TestFence:
     async def test_killing_ends_lower_tokens_only(self, host: Host, slot: str) -> None:
         await host.enter(slot, 5, "session")
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 5)) as process:
-            await _until(lambda: names_in(f"{slot}/run") != [])
+            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             await host.kill(slot, 5)
             assert process.exit_code is None
             await host.kill(slot, 6)
@@ -771,7 +771,7 @@ class TestFence:
         here = LocalHost(sessions_directory=str(tmp_path / "sessions"))
         await host.enter(slot, 1, "there")
         async with here.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 1)) as process:
-            await _until(lambda: names_in(f"{slot}/run") != [])
+            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             await host.enter(slot, 2, "there")
             assert await process.wait() == -signal.SIGKILL
         with pytest.raises(FencedError):

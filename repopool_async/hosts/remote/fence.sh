@@ -38,6 +38,8 @@ kill_until() {
         registered='' booted=''
         read -r registered booted <"$file"
         start_of "${name##*.}"
+        # One that has not finished registering has yet to look at the fence.
+        [ "$booted" ] || [ -z "$started" ] || continue
         # Its leader runs, or nobody has that number. Another's number since: our group is gone.
         if [ "$booted" = "$boot" ] && { [ -z "$started" ] || [ "$started" = "$registered" ]; }; then
             kill -KILL "-${name##*.}" 2>/dev/null
