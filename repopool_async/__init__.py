@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import CommandTimeoutError as CommandTimeoutError
     from repopool_async.exceptions import ConfigError as ConfigError
     from repopool_async.exceptions import EmptyRepositoryError as EmptyRepositoryError
+    from repopool_async.exceptions import FencedError as FencedError
     from repopool_async.exceptions import GitAccessError as GitAccessError
     from repopool_async.exceptions import GitContentionError as GitContentionError
     from repopool_async.exceptions import GitDiskFullError as GitDiskFullError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import GitSlotDamagedError as GitSlotDamagedError
     from repopool_async.exceptions import GitTimeoutError as GitTimeoutError
     from repopool_async.exceptions import GitTransientError as GitTransientError
+    from repopool_async.exceptions import HostKeyError as HostKeyError
+    from repopool_async.exceptions import HostUnreachableError as HostUnreachableError
     from repopool_async.exceptions import LeaseLostError as LeaseLostError
     from repopool_async.exceptions import LeaseReleasedError as LeaseReleasedError
     from repopool_async.exceptions import LfsError as LfsError
@@ -47,9 +50,12 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import StoreError as StoreError
     from repopool_async.exceptions import SubmoduleError as SubmoduleError
     from repopool_async.exceptions import TooManyRequestsError as TooManyRequestsError
+    from repopool_async.exceptions import UnkillableError as UnkillableError
     from repopool_async.exceptions import UnknownRefError as UnknownRefError
     from repopool_async.git_operations import GitOperations as GitOperations
+    from repopool_async.hosts.base import Guard as Guard
     from repopool_async.hosts.local import LocalHost as LocalHost
+    from repopool_async.hosts.ssh import SshHost as SshHost
     from repopool_async.lease import LeasedSlot as LeasedSlot
     from repopool_async.lock_manager import LockManager as LockManager
     from repopool_async.models import AllocationMetrics as AllocationMetrics
@@ -86,6 +92,7 @@ _HOMES = {
     "ConfigError": "repopool_async.exceptions",
     "EmptyRepositoryError": "repopool_async.exceptions",
     "Event": "repopool_async.events",
+    "FencedError": "repopool_async.exceptions",
     "GitAccessError": "repopool_async.exceptions",
     "GitContentionError": "repopool_async.exceptions",
     "GitDiskFullError": "repopool_async.exceptions",
@@ -97,6 +104,9 @@ _HOMES = {
     "GitSlotDamagedError": "repopool_async.exceptions",
     "GitTimeoutError": "repopool_async.exceptions",
     "GitTransientError": "repopool_async.exceptions",
+    "Guard": "repopool_async.hosts.base",
+    "HostKeyError": "repopool_async.exceptions",
+    "HostUnreachableError": "repopool_async.exceptions",
     "Lease": "repopool_async.models",
     "LeaseEnd": "repopool_async.models",
     "LeaseLostError": "repopool_async.exceptions",
@@ -137,10 +147,12 @@ _HOMES = {
     "SlotState": "repopool_async.models",
     "SlotStatus": "repopool_async.models",
     "SlotStore": "repopool_async.slot_store",
+    "SshHost": "repopool_async.hosts.ssh",
     "StaleLock": "repopool_async.models",
     "StoreError": "repopool_async.exceptions",
-    "TooManyRequestsError": "repopool_async.exceptions",
     "SubmoduleError": "repopool_async.exceptions",
+    "TooManyRequestsError": "repopool_async.exceptions",
+    "UnkillableError": "repopool_async.exceptions",
     "UnknownRefError": "repopool_async.exceptions",
 }
 
@@ -155,6 +167,7 @@ __all__ = [
     "ConfigError",
     "EmptyRepositoryError",
     "Event",
+    "FencedError",
     "GitAccessError",
     "GitContentionError",
     "GitDiskFullError",
@@ -166,6 +179,9 @@ __all__ = [
     "GitSlotDamagedError",
     "GitTimeoutError",
     "GitTransientError",
+    "Guard",
+    "HostKeyError",
+    "HostUnreachableError",
     "Lease",
     "LeaseEnd",
     "LeaseLostError",
@@ -206,10 +222,12 @@ __all__ = [
     "SlotState",
     "SlotStatus",
     "SlotStore",
+    "SshHost",
     "StaleLock",
     "StoreError",
     "SubmoduleError",
     "TooManyRequestsError",
+    "UnkillableError",
     "UnknownRefError",
 ]
 

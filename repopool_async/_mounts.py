@@ -20,7 +20,11 @@ _NETWORK_TYPE: Final = r"""
 
 def is_network_file_system(path: str) -> bool:
     """Return whether `path`, or where it would be, lies on a network file system; False where nobody can say."""
-    kind = file_system_type(path)
+    return is_network_type(file_system_type(path))
+
+
+def is_network_type(kind: str | None) -> bool:
+    """Return whether a type of file system, as the mount table names it, is one that lies on another machine."""
     return kind is not None and re.fullmatch(_NETWORK_TYPE, kind, re.VERBOSE) is not None
 
 

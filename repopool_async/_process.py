@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -130,6 +131,25 @@ async def open_process(
         yield RunningProcess(child, stdout, stderr)
     finally:
         await child.finish()
+
+
+def start_detached(argv: Sequence[str], *, env: Mapping[str, str]) -> int:
+    """Start a command that outlives this process, in a session of its own and without streams; return its pid.
+
+    Nobody here waits for it: its parent ends at once.
+    """
+    script = '"$@" </dev/null >/dev/null 2>&1 & echo $!'
+    started = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", *argv],
+        env=env,
+        cwd="/",
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=DEVNULL,
+        start_new_session=True,
+        check=True,
+    )
+    return int(started.stdout)
 
 
 class RunningProcess:

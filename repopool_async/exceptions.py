@@ -127,6 +127,57 @@ class LeaseLostError(PoolManagerError):
     """The lease was taken away (expired, forced), or the token is not the present one."""
 
 
+class FencedError(LeaseLostError):
+    """The slot's host refused a token: it is not the present one there. Whoever holds the slot now has a higher one.
+
+    Attributes:
+        slot_directory: on the host. token: what was refused.
+        top: the highest token that the host knows of this slot, 0 for none; only a higher one can enter.
+        is_used: whether the token itself has entered before (a store that lost its last commits gives one twice).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        slot_directory: str = "",
+        token: int = 0,
+        top: int = 0,
+        is_used: bool = False,
+        slot_id: str | None = None,
+    ) -> None:
+        super().__init__(message, slot_id=slot_id)
+        self.slot_directory = slot_directory
+        self.token = token
+        self.top = top
+        self.is_used = is_used
+
+
+class UnkillableError(PoolManagerError):
+    """Processes of an earlier lease do not die (stuck in the kernel, or another user's); the slot cannot be used."""
+
+
+class HostUnreachableError(PoolManagerError):
+    """A host does not answer, or the connection to it was lost.
+
+    Attributes:
+        host_id: which. has_not_started: whether the command has certainly not begun to run; otherwise nobody knows.
+        is_passing: whether trying later may help without anybody doing anything.
+    """
+
+    def __init__(
+        self, message: str, *, host_id: str = "", has_not_started: bool = False, is_passing: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.host_id = host_id
+        self.has_not_started = has_not_started
+        self.is_passing = is_passing
+
+
+class HostKeyError(HostUnreachableError):
+    """A host's SSH key is not known, or is another than the one known; nothing was sent to it."""
+
+
 class RefError(PoolManagerError, ValueError):
     """The text cannot be a ref."""
 

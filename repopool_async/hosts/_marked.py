@@ -80,13 +80,14 @@ def _end(targets: list["_Target"], grace: Deadline, limit: Deadline) -> list["_T
     for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process does not see the first without the second
         for target in targets:
             target.signal(number)
-    rest = _wait_gone(targets, grace)
+    rest = wait_gone(targets, grace)
     for target in rest:
         target.signal(signal.SIGKILL)
-    return _wait_gone(rest, limit)
+    return wait_gone(rest, limit)
 
 
-def _wait_gone(targets: list["_Target"], deadline: Deadline) -> list["_Target"]:
+def wait_gone(targets: list["_Target"], deadline: Deadline) -> list["_Target"]:
+    """Wait until processes have ended; return those that have not by then."""
     rest = [target for target in targets if not target.is_gone()]
     while rest and not deadline.is_expired:
         rest[0].wait_gone(deadline.remaining() or 0.0)
@@ -161,6 +162,19 @@ def _marked(pid: int, mark: _Mark) -> _Target | None:
 
 def _bears(pid: int, mark: _Mark) -> bool:
     return (mark.group is not None and _is_in_group(pid, mark.group)) or _has_variable(pid, mark.variable)
+
+
+def find_variable(prefix: str, last: int) -> list[_Target]:
+    """Find the processes in whose environment a variable's text is a prefix and a number not above `last`."""
+    start = os.fsencode(prefix)
+    found = []
+    for pid in _pids():
+        for text in _environment(pid).split(b"\0") if pid != os.getpid() else ():
+            number = text.removeprefix(start)
+            is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
+            target = _marked(pid, _Mark(text, None)) if is_ours else None
+            found += [target] if target is not None else []
+    return found
 
 
 def _is_in_group(pid: int, group: int) -> bool:

@@ -233,6 +233,18 @@ class Collected:
     skipped: tuple[str, ...]
 
 
+@attrs.frozen
+class Guard:
+    """Under which lease a command runs: its host refuses to start it under any but the slot's present token.
+
+    Attributes:
+        slot_directory: where `fence/` and `run/` lie, beside the tree.
+    """
+
+    slot_directory: str
+    token: int
+
+
 class HostProcess(Protocol):
     """A running command with streams."""
 
@@ -287,6 +299,7 @@ class Host(Protocol):
         stdout_limit: int = DEFAULT_STDOUT_LIMIT,
         stderr_limit: int = DEFAULT_STDERR_LIMIT,
         on_output: OutputCallback | None = None,
+        guard: Guard | None = None,
     ) -> CommandResult:
         """Run one command to its end.
 
@@ -298,9 +311,12 @@ class Host(Protocol):
             timeout: seconds in all. idle_timeout: seconds without any output.
             stdout_limit: bytes kept; the last ones, earlier ones are dropped. stderr_limit: likewise.
             on_output: is called with every chunk as it comes.
+            guard: the lease it belongs to.
 
         Raises:
             CommandTimeoutError: a limit was passed; the process group is gone.
+            FencedError: the guard's token is not the slot's present one; nothing has run.
+            HostUnreachableError: the host does not answer, or the connection was lost meanwhile.
             OSError: the command or directory does not exist or may not be used.
         """
 
@@ -324,12 +340,14 @@ class Host(Protocol):
         cwd: str | None = None,
         stdin: bool = False,
         inherit: bool = False,
+        guard: Guard | None = None,
     ) -> AbstractAsyncContextManager[HostProcess]:
         """Run a command while the block runs; leaving the block ends what is left of its process group.
 
         Args:
             stdin: whether `write` will be used; otherwise standard input is empty.
             inherit: connect standard input, output and error to this process's own instead of to pipes.
+            guard: the lease it belongs to; errors are those of `run`.
         """
 
     async def apply(self, steps: Sequence[FileStep]) -> None:
@@ -438,3 +456,35 @@ class Host(Protocol):
 
         None stands for what is neither a regular file nor a link, or has parents that are no real directories.
         """
+
+    # The fence: the host is the last word on who may run in a slot, see `remote/fence.sh` for what lies on disk.
+
+    async def enter(self, slot_directory: str, token: int, session: str) -> None:
+        """Make a token the slot's present one, and end what runs there under lower ones.
+
+        Args:
+            slot_directory: is made where it is missing.
+            token: enters once, whatever becomes of the call.
+            session: who enters; the host's watchdog ends what runs in its slots when it gives no sign of life.
+
+        Raises:
+            FencedError: there is a higher token, or this one has entered before; nothing of the slot may be touched.
+            UnkillableError: something does not die; the token has entered all the same, so that nothing else starts.
+        """
+
+    async def kill(self, slot_directory: str, below: int) -> None:
+        """End what runs in a slot under tokens below one, and forget it; who may run there does not change.
+
+        Raises:
+            UnkillableError: something does not die.
+        """
+
+    async def beat(self, session: str) -> None:
+        """Give a sign of life, and see that a watchdog runs which does without its sender.
+
+        When none comes for as long as the host was told, it ends what runs in the slots that the session has entered
+        and lets nothing new start there. A session that beats again after that has to enter with new tokens.
+        """
+
+    async def end_session(self, session: str) -> None:
+        """Forget a session: its watchdog ends, what runs in its slots goes on."""

@@ -11,13 +11,17 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+
+import attrs
 
 from repopool_async import _files, _mounts, _removal
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _collect, _marked, _ownership, _tree
+from repopool_async.hosts import _collect, _fence, _marked, _ownership, _tree
+from repopool_async.hosts._scripts import session_name
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
     DEFAULT_STDOUT_LIMIT,
@@ -30,6 +34,7 @@ from repopool_async.hosts.base import (
     FileStat,
     FileStep,
     GiveTree,
+    Guard,
     HostProcess,
     MakeDirectory,
     OutputCallback,
@@ -47,14 +52,25 @@ from repopool_async.models import CommandResult
 class LocalHost:
     """This machine. May be made without a running event loop and used from several."""
 
-    def __init__(self, host_id: str = "local", *, max_processes: int | None = None) -> None:
+    def __init__(
+        self,
+        host_id: str = "local",
+        *,
+        max_processes: int | None = None,
+        watch_seconds: float = 300.0,
+        sessions_directory: str = "~/.repopool/sessions",
+    ) -> None:
         """Make a host.
 
         Args:
             host_id: its name in records.
             max_processes: how many commands of `run` and `batch` run at once, per event loop; more wait in order
                 before their time limits begin. Twice the number of cores when missing.
+            watch_seconds: without a sign of life for so long a session's processes are ended.
+            sessions_directory: where sessions are noted.
         """
+        self._watch_seconds = watch_seconds
+        self._sessions_directory = str(Path(sessions_directory).expanduser())
         self._id = host_id
         self._max_processes = max_processes or 2 * (os.cpu_count() or 1)
         self._limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
@@ -83,12 +99,13 @@ class LocalHost:
         stdout_limit: int = DEFAULT_STDOUT_LIMIT,
         stderr_limit: int = DEFAULT_STDERR_LIMIT,
         on_output: OutputCallback | None = None,
+        guard: Guard | None = None,
     ) -> CommandResult:
         """See `Host.run`."""
-        async with self._limiter():
-            return await run_process(
-                argv,
-                env=env,
+        async with self._limiter(), self._registered(argv, env, cwd, guard) as start:
+            result = await run_process(
+                start.argv,
+                env=start.env,
                 cwd=cwd,
                 input=input,
                 timeout=timeout,
@@ -97,6 +114,8 @@ class LocalHost:
                 stderr_limit=stderr_limit,
                 on_output=on_output,
             )
+            await self._require_admitted(guard, result.exit_code)
+            return result
 
     async def batch(
         self, commands: Sequence[Command], *, timeout: float | None = None, stop: bool = True
@@ -126,9 +145,47 @@ class LocalHost:
         cwd: str | None = None,
         stdin: bool = False,
         inherit: bool = False,
+        guard: Guard | None = None,
     ) -> AbstractAsyncContextManager[HostProcess]:
         """See `Host.open_process`; these do not count against `max_processes`."""
-        return open_process(argv, env=env, cwd=cwd, stdin=stdin, inherit=inherit)
+        if guard is None:
+            return open_process(argv, env=env, cwd=cwd, stdin=stdin, inherit=inherit)
+        return self._open_guarded(argv, env, cwd, guard, stdin=stdin, inherit=inherit)
+
+    @asynccontextmanager
+    async def _open_guarded(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard, *, stdin: bool, inherit: bool
+    ) -> AsyncIterator[HostProcess]:
+        # One that loses its lease between this look and its own ends at once, as one that is killed a moment later.
+        await in_thread(self._require_present, guard)
+        async with (
+            self._registered(argv, env, cwd, guard) as start,
+            open_process(start.argv, env=start.env, cwd=cwd, stdin=stdin, inherit=inherit) as process,
+        ):
+            yield process
+
+    @asynccontextmanager
+    async def _registered(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard | None
+    ) -> AsyncIterator["_Start"]:
+        """Say how a command is started under a guard; afterwards its note is gone, and nothing that left its group."""
+        if guard is None:
+            yield _Start(argv, env)
+            return
+        await in_thread(_fence.require_startable, argv, env, cwd)
+        try:
+            yield _Start(*_fence.guarded(argv, env, guard))
+        finally:
+            await in_thread(_fence.forget_ended, guard)
+
+    async def _require_admitted(self, guard: Guard | None, exit_code: int) -> None:
+        if guard is not None and exit_code == _fence.REFUSED:
+            await in_thread(self._require_present, guard)
+
+    def _require_present(self, guard: Guard) -> None:
+        error = _fence.refusal(self._id, guard)
+        if error is not None:
+            raise error
 
     def _limiter(self) -> asyncio.Semaphore:
         return self._limiters.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_processes))
@@ -204,6 +261,33 @@ class LocalHost:
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
         return await in_thread(_marked.end_processes, mark, tree, grace_seconds, since, group)
+
+    # -- the fence -----------------------------------------------------------------------------------------------
+
+    async def enter(self, slot_directory: str, token: int, session: str) -> None:
+        """See `Host.enter`."""
+        await in_thread(_fence.enter, self._id, slot_directory, token, self._session_directory(session))
+
+    async def kill(self, slot_directory: str, below: int) -> None:
+        """See `Host.kill`."""
+        await in_thread(_fence.kill_until, self._id, slot_directory, below - 1)
+
+    async def beat(self, session: str) -> None:
+        """See `Host.beat`."""
+        await in_thread(_fence.beat, self._session_directory(session), self._watch_seconds)
+
+    async def end_session(self, session: str) -> None:
+        """See `Host.end_session`."""
+        await in_thread(_fence.end_session, self._session_directory(session))
+
+    def _session_directory(self, session: str) -> str:
+        return f"{self._sessions_directory}/{session_name(session)}"
+
+
+@attrs.frozen
+class _Start:
+    argv: Sequence[str]
+    env: Mapping[str, str]
 
 
 def _apply(steps: Sequence[FileStep]) -> None:

@@ -1,0 +1,249 @@
+"""The fence of slots on this machine: the same files, and the same rules, as `remote/fence.sh` keeps on others.
+
+A directory may be used locally today and over SSH tomorrow, or both ways at once. Synchronous; for one thread hop each.
+What a lease is, and who may have one, is decided elsewhere: here only what the slot's directory says counts.
+"""
+# Paths are text here, as in the protocol.
+# ruff: noqa: PTH103, PTH102, PTH108, PTH118, PTH123, PTH208
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from repopool_async._aio import Deadline
+from repopool_async._files import write_atomic
+from repopool_async._identity import boot_id, process_start_time
+from repopool_async._process import _Group, start_detached
+from repopool_async.exceptions import FencedError, UnkillableError
+from repopool_async.hosts import _marked
+from repopool_async.hosts._scripts import fence_key, fence_mark, fenced, library, padded, quote
+from repopool_async.hosts.base import Guard
+
+REFUSED: Final = 99
+"""Exit code of a command that was not started."""
+WATCH_TICKS: Final = 4
+_DYING_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.005
+_ROUNDS: Final = 50
+_REGISTERED: Final = re.compile(r"([0-9]+)\.([0-9]+)")
+_SHELLS_OWN: Final = ("PWD", "OLDPWD", "SHLVL")
+
+
+def top_of(slot_directory: str) -> str:
+    """Return the highest name in a fence, "" for none."""
+    return max(_names(f"{slot_directory}/fence"), default="")
+
+
+def enter(host_id: str, slot_directory: str, token: int, session_directory: str) -> None:
+    """See `Host.enter`."""
+    name = padded(token)
+    own = f"{slot_directory}/fence/{name}"
+    os.makedirs(f"{slot_directory}/fence", exist_ok=True)
+    os.makedirs(f"{slot_directory}/run", exist_ok=True)
+    _require_highest(host_id, slot_directory, token)
+    try:
+        os.mkdir(own)
+    except FileExistsError:
+        raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
+    kill_until(host_id, slot_directory, token - 1)
+    write_atomic(f"{own}/boot", f"{boot_id()}\n".encode())
+    _require_highest(host_id, slot_directory, token, is_entered=True)
+    _lower_than(slot_directory, token)
+    _join_session(session_directory, slot_directory, name)
+
+
+def _require_highest(host_id: str, slot_directory: str, token: int, *, is_entered: bool = False) -> None:
+    top = top_of(slot_directory)
+    if _number(top) > token or (is_entered and top != padded(token)):
+        raise fenced(slot_directory, token, top, host_id=host_id)
+
+
+def _lower_than(slot_directory: str, token: int) -> None:
+    """Remove the names below a token, and nothing else: a higher one may have come while we were here."""
+    for name in _names(f"{slot_directory}/fence"):
+        if _number(name) < token:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(f"{slot_directory}/fence/{name}")
+
+
+def _join_session(session_directory: str, slot_directory: str, name: str) -> None:
+    os.makedirs(f"{session_directory}/slots", exist_ok=True)
+    data = f"{name}\n".encode() + os.fsencode(slot_directory)
+    write_atomic(f"{session_directory}/slots/{fence_key(slot_directory)}", data)
+
+
+def kill_until(host_id: str, slot_directory: str, last: int) -> None:
+    """End what is registered in a slot under tokens up to one, and what bears their mark."""
+    stuck = []
+    for registered in _registered(slot_directory, last):
+        if registered.is_gone_by_now() or registered.kill():
+            registered.forget()
+        else:
+            stuck.append(registered.pid)
+    stuck += _kill_strays(fence_key(slot_directory), last)
+    if stuck:
+        pids = " ".join(map(str, stuck))
+        raise UnkillableError(
+            f"{slot_directory} on host {host_id}: processes do not die: {pids}; look at them there, then repair_slot"
+        )
+
+
+@attrs.frozen
+class _Registered:
+    """A process group noted in `run/`."""
+
+    path: str
+    pid: int
+    start_time: str
+    boot: str
+
+    def is_gone_by_now(self) -> bool:
+        """Return whether the group has certainly ended: another boot, or its number is another's since."""
+        now = process_start_time(self.pid)
+        return self.boot != boot_id() or (now is not None and str(now) != self.start_time)
+
+    def kill(self) -> bool:
+        """Kill the group, whose leader may have ended before the rest; return whether all of it has ended."""
+        group = _Group(self.pid)
+        deadline = Deadline.after(_DYING_SECONDS)
+        while group.signal(signal.SIGKILL) and group.has_live_members():
+            if deadline.is_expired:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def forget(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def _registered(slot_directory: str, last: int) -> Iterator[_Registered]:
+    for name in _names(f"{slot_directory}/run"):
+        match = _REGISTERED.fullmatch(name)
+        if match is None or int(match[1]) > last:
+            continue
+        path = f"{slot_directory}/run/{name}"
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                words = file.read().split()
+        except OSError:
+            continue
+        start_time, boot = words if len(words) == 2 else ("", "")
+        # One that has not finished registering has yet to look at the fence.
+        if boot or process_start_time(int(match[2])) is None:
+            yield _Registered(path, int(match[2]), start_time, boot)
+
+
+def _kill_strays(key: str, last: int) -> list[int]:
+    """Kill those that left their group, found by the mark they inherited; return what does not die."""
+    for _ in range(_ROUNDS):
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(target) for target in _marked.find_variable(f"REPOPOOL_FENCE={key}.", last)]
+            if not found:
+                break
+            for target in found:
+                target.signal(signal.SIGKILL)
+            rest = _marked.wait_gone(found, Deadline.after(_DYING_SECONDS))
+            if rest:
+                return [target.pid for target in rest]
+    return []
+
+
+# -- commands under a guard --------------------------------------------------------------------------------------
+
+
+def guarded(argv: Sequence[str], env: Mapping[str, str], guard: Guard) -> tuple[list[str], Mapping[str, str]]:
+    """Return the command and environment that register a process, look at the fence, and become the command."""
+    # In a subshell, so that no variable of ours overwrites one of the command's; `$$` is the shell's own there, too.
+    lines = [b"(\n" + library("fence") + b'register "$1" "$2"\n) || exit %d' % REFUSED]
+    lines += [_as_given(name, env) for name in _SHELLS_OWN]
+    # The mark comes last: what has not been admitted yet is refused, and must not be killed instead.
+    lines += [b"export " + fence_mark(guard).encode(), b'shift 2\nexec "$@"']
+    script = os.fsdecode(b"\n".join(lines))
+    return ["/bin/sh", "-c", script, "sh", guard.slot_directory, padded(guard.token), *argv], env
+
+
+def _as_given(name: str, env: Mapping[str, str]) -> bytes:
+    """Return what gives a variable that shells set by themselves the value, or none, that the command is to see."""
+    return b"export %s=%s" % (name.encode(), quote(env[name])) if name in env else b"unset " + name.encode()
+
+
+def require_startable(argv: Sequence[str], env: Mapping[str, str], cwd: str | None) -> None:
+    """Raise what starting the command itself would: the shell that is started instead exists always."""
+    name = argv[0]
+    if cwd is not None and not os.path.isdir(cwd):  # noqa: PTH112
+        number = errno.ENOTDIR if os.path.lexists(cwd) else errno.ENOENT
+        raise OSError(number, os.strerror(number), cwd)
+    if "/" not in name:
+        found = shutil.which(name, path=env.get("PATH", os.defpath)) is not None
+    else:
+        found = os.path.exists(os.path.join(cwd or "/", name))  # noqa: PTH110
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+def refusal(host_id: str, guard: Guard) -> FencedError | None:
+    """Return why a command under a guard is not started now; None where it is."""
+    top = top_of(guard.slot_directory)
+    boot = ""
+    with contextlib.suppress(OSError), open(f"{guard.slot_directory}/fence/{top}/boot", encoding="ascii") as file:
+        boot = file.read().strip()
+    if top == padded(guard.token) and boot == boot_id():
+        return None
+    return fenced(guard.slot_directory, guard.token, top, host_id=host_id)
+
+
+def forget_ended(guard: Guard) -> None:
+    """Remove the notes of a token's processes that have ended."""
+    for registered in _registered(guard.slot_directory, guard.token):
+        if process_start_time(registered.pid) is None or registered.is_gone_by_now():
+            registered.forget()
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------
+
+
+def beat(session_directory: str, watch_seconds: float) -> None:
+    """See `Host.beat`."""
+    os.makedirs(f"{session_directory}/slots", exist_ok=True)
+    write_atomic(f"{session_directory}/beat", f"{uuid.uuid4().hex}\n".encode())
+    if not _is_watched(session_directory):
+        script = os.fsdecode(library("watch") + b'trap "" HUP\nwatch "$@"')
+        argv = ["/bin/sh", "-c", script, "sh", session_directory, f"{watch_seconds / WATCH_TICKS:g}", str(WATCH_TICKS)]
+        pid = start_detached(argv, env={"PATH": os.environ.get("PATH", os.defpath)})
+        write_atomic(f"{session_directory}/watch", f"{pid} {process_start_time(pid) or 0}\n".encode())
+
+
+def _is_watched(session_directory: str) -> bool:
+    try:
+        with open(f"{session_directory}/watch", encoding="ascii") as file:
+            pid, start_time = file.read().split()
+        return str(process_start_time(int(pid))) == start_time
+    except (OSError, ValueError):
+        return False
+
+
+def end_session(session_directory: str) -> None:
+    """See `Host.end_session`."""
+    shutil.rmtree(session_directory, ignore_errors=True)
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def _number(name: str) -> int:
+    digits = name.partition("~")[0]
+    return int(digits) if digits.isdecimal() else 0

@@ -1,0 +1,7 @@
+# Something that changes with every boot, in $boot.
+boot_id() {
+    boot=
+    read -r boot 2>/dev/null </proc/sys/kernel/random/boot_id && return
+    boot=$(sysctl -n kern.boottime 2>/dev/null | tr -c '0-9a-zA-Z\n' _)
+    [ "$boot" ] || boot=no-boot-id
+}

@@ -1,0 +1,103 @@
+# A fence is a directory in which names only ever grow: `fence/<token>`, digits with zeros in front. Making one is
+# atomic and happens once; the highest is who may run here. `run/<token>.<pid>` is a process group under a token, with
+# the time its leader began and the boot. Who starts registers before it looks at the fence; who takes over raises the
+# fence before it looks at what is registered: one of the two always sees the other.
+
+# SLOT; in $top
+find_top() {
+    top=
+    for entry in "$1/fence"/*; do
+        if [ -d "$entry" ]; then top=${entry##*/}; fi
+    done
+}
+
+# Registers this very process, which `exec` keeps, then looks. Prints nothing; fails with 99 where the token is not the
+# present one, or was before another boot. SLOT TOKEN
+register() {
+    start_of $$
+    boot_id
+    { printf '%s %s\n' "$started" "$boot" >"$1/run/$2.$$"; } 2>/dev/null || return 99
+    find_top "$1"
+    entered=
+    [ "$top" = "$2" ] && read -r entered 2>/dev/null <"$1/fence/$2/boot"
+    [ "$entered" = "$boot" ] && return
+    rm -f -- "$1/run/$2.$$"
+    return 99
+}
+
+# What is registered here under tokens up to LAST, and what bears their mark, is killed. Fails with 96 where something
+# does not die. SLOT LAST KEY
+kill_until() {
+    boot_id
+    stuck=
+    for file in "$1/run"/*; do
+        [ -f "$file" ] || continue
+        name=${file##*/}
+        case $name in *[!0-9.]* | .* | *.) continue;; esac
+        [ "${name%%.*}" -le "$2" ] || continue
+        registered='' booted=''
+        read -r registered booted <"$file"
+        start_of "${name##*.}"
+        # One that has not finished registering has yet to look at the fence.
+        [ "$booted" ] || [ -z "$started" ] || continue
+        # Its leader runs, or nobody has that number. Another's number since: our group is gone.
+        if [ "$booted" = "$boot" ] && { [ -z "$started" ] || [ "$started" = "$registered" ]; }; then
+            kill -KILL "-${name##*.}" 2>/dev/null
+            await_group "${name##*.}" 500 || { stuck="$stuck ${name##*.}"; continue; }
+        fi
+        rm -f -- "$file"
+    done
+    kill_strays "$2" "$3"
+    [ -z "$stuck" ] || refuse "$1" "processes do not die:$stuck" || return 96
+}
+
+# Those that left their group: found by the mark they inherited. LAST KEY
+kill_strays() {
+    [ -r /proc/self/stat ] || return 0
+    rounds=50
+    while [ "$rounds" -gt 0 ]; do
+        rounds=$((rounds - 1))
+        found=
+        for file in $(grep -l -s -a -F -e "REPOPOOL_FENCE=$2." /proc/[0-9]*/environ 2>/dev/null); do
+            token=$(tr '\0' '\n' <"$file" 2>/dev/null | sed -n "s/^REPOPOOL_FENCE=$2\\.\\([0-9]*\\)\$/\\1/p")
+            [ "$token" ] && [ "$token" -le "$1" ] || continue
+            file=${file#/proc/}
+            start_of "${file%%/*}"
+            [ "$started" ] && found="$found ${file%%/*}:$started"
+        done
+        [ "$found" ] || return 0
+        signal_found KILL
+        await_found 500
+        for one in $found; do stuck="$stuck ${one%%:*}"; done
+        [ -z "$found" ] || return 0
+    done
+}
+
+# The slot is the token's from here on. 97: used before. 99: there is a higher one, which is printed. SLOT TOKEN PREVIOUS
+# KEY SESSION_DIRECTORY
+enter() {
+    mkdir -p -- "$1/fence" "$1/run" || return
+    find_top "$1"
+    if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
+    if ! mkdir -- "$1/fence/$2" 2>/dev/null; then
+        [ -d "$1/fence/$2" ] || mkdir -- "$1/fence/$2" || return 1
+        printf %s "$top"
+        return 97
+    fi
+    kill_until "$1" "$3" "$4" || return
+    boot_id
+    printf '%s\n' "$boot" >"$1/fence/$2/boot" || return
+    find_top "$1"
+    if [ "$top" != "$2" ]; then printf %s "$top"; return 99; fi
+    # Only what is below: a higher one may have come while we were here.
+    for entry in "$1/fence"/*; do
+        name=${entry##*/}
+        if [ "${name%%~*}" -lt "$2" ]; then rm -f -- "$entry/boot" && rmdir -- "$entry" 2>/dev/null; fi
+    done
+    join_session "$5" "$1" "$2" "$4"
+}
+
+# Notes that a session has entered a slot, for the watchdog. SESSION_DIRECTORY SLOT TOKEN KEY
+join_session() {
+    mkdir -p -- "$1/slots" && printf '%s\n%s' "$3" "$2" >"$1/slots/.$4.$$" && mv -f -- "$1/slots/.$4.$$" "$1/slots/$4"
+}

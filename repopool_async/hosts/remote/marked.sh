@@ -1,0 +1,125 @@
+# Processes that bear a mark in their environment, or are in a group of users, in $found: `pid:start` words.
+# MARK USERS_GROUP
+find_marked() {
+    found=
+    for file in $(
+        grep -l -s -a -F -e "$1" /proc/[0-9]*/task/[0-9]*/environ 2>/dev/null
+        [ -z "$2" ] || grep -l -s -E "^(Gid|Groups):.*[[:space:]]$2([[:space:]]|\$)" /proc/[0-9]*/status 2>/dev/null
+    ); do
+        pid=${file#/proc/}
+        pid=${pid%%/*}
+        [ "$pid" = $$ ] && continue
+        case $file in
+        */environ) tr '\0\n' '\n\1' <"$file" 2>/dev/null | grep -q -x -a -F -e "$1" || continue;;
+        esac
+        start_of "$pid"
+        case " $found " in *" $pid:"*) continue;; esac
+        [ "$started" ] && found="$found $pid:$started"
+    done
+}
+
+# Those of $found that still run, in $found.
+keep_living() {
+    living=
+    for one in $found; do
+        start_of "${one%%:*}"
+        [ "$started" = "${one#*:}" ] && living="$living $one"
+    done
+    found=$living
+}
+
+signal_found() {
+    keep_living
+    for one in $found; do kill "-$1" "${one%%:*}" 2>/dev/null; done
+}
+
+await_found() {
+    left=$1 waited=0
+    keep_living
+    while [ "$found" ] && [ "$left" -gt 0 ]; do
+        wait_a_moment
+        keep_living
+    done
+}
+
+# Ends what bears a mark, and what that starts meanwhile. MARK USERS_GROUP, times 20 ms. Prints `k` for each pid that is
+# gone, `v` for each that stays.
+end_marked() {
+    [ -r /proc/self/stat ] || return 0
+    grace=$3 rounds=50 gone=
+    while find_marked "$1" "$2" && [ "$found" ] && [ "$rounds" -gt 0 ]; do
+        targets=$found
+        signal_found TERM
+        signal_found CONT
+        await_found "$grace"
+        signal_found KILL
+        await_found 150
+        for one in $targets; do
+            case " $found " in *" $one "*) ;; *) gone="$gone ${one%%:*}";; esac
+        done
+        [ -z "$found" ] || [ "$found" != "$targets" ] || break
+        grace=0 rounds=$((rounds - 1))
+    done
+    for one in $gone; do printf 'k %s\0' "$one"; done
+    for one in $found; do printf 'v %s\0' "${one%%:*}"; done
+}
+
+# Fails, printing the way to a tree that leads through no link, where the one given does. TREE
+require_real() {
+    here=$(cd -P -- "${1%/*}/" 2>/dev/null && printf %s "$PWD") || return 0
+    [ "${here%/}/${1##*/}" = "$1" ] || { printf '\0%s/%s' "${here%/}" "${1##*/}"; return 1; }
+}
+
+# Whoever else stands in a tree, a `t` each. TREE GLOB MAPS_PATTERN
+find_bystanders() {
+    [ -r /proc/self/stat ] || return 0
+    if [ "$GNU_FIND" ]; then
+        find /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/fd -maxdepth 1 -type l \
+            '(' -lname "$2" -o -lname "$2/*" ')' ! -lname '* (deleted)' -printf '%p\n' \
+            -o -type l -lname "$2/* (deleted)" -printf '%p %l\n' 2>/dev/null
+    else
+        for file in /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/fd/*; do
+            case $(ls -l "$file" 2>/dev/null) in *" -> $1" | *" -> $1"/*) printf '%s\n' "$file";; esac
+        done
+    fi | while IFS= read -r file; do
+        # What has been deleted is no longer part of the tree; a name may end like that, too.
+        case $file in *\ *) is_there "${file#* }" || continue;; esac
+        tell "$file"
+    done
+    for file in $(grep -l -s -a -E "$3" /proc/[0-9]*/maps 2>/dev/null); do tell "$file"; done
+}
+
+# PATH below /proc
+tell() {
+    file=${1#/proc/}
+    printf 't %s\0' "${file%%/*}"
+}
+
+# Those that have the tree's place mounted in a container of some kind. PATTERN of a line of mountinfo
+find_mounted() {
+    own=$(ls -l /proc/self/ns/mnt 2>/dev/null) || return 0
+    for file in $(grep -l -s -E "$1" /proc/[0-9]*/mountinfo 2>/dev/null); do
+        other=$(ls -l "${file%/*}/ns/mnt" 2>/dev/null)
+        [ "${other##*-> }" = "${own##*-> }" ] || tell "$file"
+    done
+}
+
+# Processes of our own user that began within so many seconds and let nobody see what they hold. SECONDS
+find_hidden() {
+    read -r up _ </proc/uptime || return 0
+    me=$(id -u)
+    for file in /proc/[0-9]*; do
+        ls "$file/fd" >/dev/null 2>&1 && continue
+        grep -q -s -E "^Uid:.*[[:space:]]$me([[:space:]]|\$)" "$file/status" || continue
+        start_of "${file#/proc/}"
+        [ "$started" ] && [ "$((started / 100))" -ge "$((${up%.*} - $1))" ] && tell "$file"
+    done
+    return 0
+}
+
+# Names of all processes, last.
+name_found() {
+    printf '\0n '
+    grep -H -s -a '' /proc/[0-9]*/comm 2>/dev/null | sed 's,^/proc/\([0-9]*\)/comm:,\1 ,'
+    return 0
+}
