@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import CommandFailedError as CommandFailedError
     from repopool_async.exceptions import CommandTimeoutError as CommandTimeoutError
     from repopool_async.exceptions import ConfigError as ConfigError
+    from repopool_async.exceptions import CoordinatorUnavailableError as CoordinatorUnavailableError
     from repopool_async.exceptions import EmptyRepositoryError as EmptyRepositoryError
     from repopool_async.exceptions import GitAccessError as GitAccessError
     from repopool_async.exceptions import GitContentionError as GitContentionError
@@ -84,6 +85,7 @@ _HOMES = {
     "CommandResult": "repopool_async.models",
     "CommandTimeoutError": "repopool_async.exceptions",
     "ConfigError": "repopool_async.exceptions",
+    "CoordinatorUnavailableError": "repopool_async.exceptions",
     "EmptyRepositoryError": "repopool_async.exceptions",
     "Event": "repopool_async.events",
     "GitAccessError": "repopool_async.exceptions",
@@ -153,6 +155,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigError",
+    "CoordinatorUnavailableError",
     "EmptyRepositoryError",
     "Event",
     "GitAccessError",
