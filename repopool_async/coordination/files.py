@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeVar
 
+import attrs
+
 from repopool_async._aio import in_thread, shielded
 from repopool_async._clock import boottime
 from repopool_async.coordination.base import Grant, Hold, OnEvent, Want, checked_ttl
@@ -220,7 +222,13 @@ class FileCoordinator:
         on_change: Callable[[], object] | None = None,  # noqa: ARG002 - files tell nobody; who waits polls
     ) -> FileTicket:
         """See `Coordinator.ticket`."""
-        return FileTicket(self._office(repo_name), None if want is None else lambda: self._claim(want))
+        drawn = self._clock()
+
+        async def claim(wanted: Want) -> Grant | None:
+            waited = (wanted.wait_seconds or 0.0) + self._clock() - drawn
+            return await self._claim(attrs.evolve(wanted, wait_seconds=waited))
+
+        return FileTicket(self._office(repo_name), None if want is None else lambda: claim(want))
 
     async def has_tickets(self, repo_name: str) -> bool:
         """See `Coordinator.has_tickets`."""
