@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import CommandFailedError as CommandFailedError
     from repopool_async.exceptions import CommandTimeoutError as CommandTimeoutError
     from repopool_async.exceptions import ConfigError as ConfigError
+    from repopool_async.exceptions import CoordinatorUnavailableError as CoordinatorUnavailableError
     from repopool_async.exceptions import EmptyRepositoryError as EmptyRepositoryError
     from repopool_async.exceptions import FencedError as FencedError
     from repopool_async.exceptions import GitAccessError as GitAccessError
@@ -90,6 +91,7 @@ _HOMES = {
     "CommandResult": "repopool_async.models",
     "CommandTimeoutError": "repopool_async.exceptions",
     "ConfigError": "repopool_async.exceptions",
+    "CoordinatorUnavailableError": "repopool_async.exceptions",
     "EmptyRepositoryError": "repopool_async.exceptions",
     "Event": "repopool_async.events",
     "FencedError": "repopool_async.exceptions",
@@ -165,6 +167,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigError",
+    "CoordinatorUnavailableError",
     "EmptyRepositoryError",
     "Event",
     "FencedError",

@@ -54,6 +54,16 @@ def current_owner() -> Owner:
     return Owner(host=host_name(), boot_id=boot_id(), pid=pid, start_time=process_start_time(pid) or 0)
 
 
+def this_process() -> Owner:
+    """Return `current_owner`, found out once per process."""
+    return _owner_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _owner_of(pid: int) -> Owner:  # noqa: ARG001 - a forked child is somebody else
+    return current_owner()
+
+
 def is_proven_dead(owner: Owner) -> bool:
     """Return True only where the owner certainly no longer runs.
 

@@ -17,7 +17,7 @@ from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import new_lease_id
 from repopool_async.components import PoolContext
-from repopool_async.coordination.base import Grant
+from repopool_async.coordination.base import Grant, Want
 from repopool_async.deadlocks import Deadlocks
 from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
@@ -36,7 +36,6 @@ from repopool_async.slot_keeper import SlotKeeper
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
-_POLL_SECONDS: Final = (0.002, 0.1)
 _STALE_WAIT_SECONDS: Final = 1.0
 """After waiting longer than this for a slot, the remote is asked again, so that a lessee gets what is new by then."""
 _RECOVERY_SECONDS: Final = 1.0
@@ -161,32 +160,24 @@ class Acquirer:
             return await self._claim_when_free(attempt, resolved)
 
     async def _claim_when_free(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
-        """Poll for other processes' releases (our own wake us), in order of the processes' tickets."""
-        delay = _POLL_SECONDS[0]
-        async with self._pool.parts.coordinator.ticket(self._pool.name) as ticket:
+        """Wait for other processes' releases (our own wake us), in order of the processes' tickets."""
+        coordinator, changed = self._pool.parts.coordinator, self._pool.changed
+        delay, longest = coordinator.poll_seconds
+        want = Want(self._pool.name, **_asked(attempt, resolved))
+        async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
             while True:
                 self._refuse_if_closing()
-                self._pool.changed.clear()
-                if await ticket.is_first():
-                    grant = await self._claim(attempt, resolved, has_ticket=True)
-                    if grant is not None:
-                        return grant
+                changed.clear()
+                grant = await ticket.claim()
+                if grant is not None:
+                    return grant
                 await self._look_around(attempt)
                 await self._wait_for_change(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-                delay = min(delay * 2, _POLL_SECONDS[1])
+                delay = min(delay * 2, longest)
 
-    async def _claim(self, attempt: _Attempt, resolved: ResolvedRef, *, has_ticket: bool = False) -> Grant | None:
-        return await self._pool.parts.coordinator.claim(
-            self._pool.name,
-            commit=resolved.commit,
-            branch=resolved.branch,
-            ref=resolved.asked,
-            lease_id=new_lease_id(),
-            metadata=attempt.metadata,
-            detached_ttl=attempt.ttl,
-            wait_seconds=boottime() - attempt.started,
-            stand_back=not has_ticket,
-        )
+    async def _claim(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
+        asked = _asked(attempt, resolved)
+        return await self._pool.parts.coordinator.claim(self._pool.name, **asked, stand_back=True)
 
     async def _look_around(self, attempt: _Attempt) -> None:
         """While nothing is free: recover what dead owners left, and give up where waiting cannot help."""
@@ -320,3 +311,16 @@ def _retired(name: str) -> PoolNotFoundError:
         f"create_pool; delete_pool deletes it",
         repo_name=name,
     )
+
+
+def _asked(attempt: _Attempt, resolved: ResolvedRef) -> dict[str, Any]:
+    """Return what is asked of the coordinator, now or in turn."""
+    return {
+        "lease_id": new_lease_id(),
+        "commit": resolved.commit,
+        "branch": resolved.branch,
+        "ref": resolved.asked,
+        "metadata": attempt.metadata,
+        "detached_ttl": attempt.ttl,
+        "wait_seconds": boottime() - attempt.started,
+    }

@@ -29,6 +29,8 @@ _WARNINGS: Final = (
     "config.refused",
     "lease.expired",
     "lease.deadlock",
+    "lease.unconfirmed",
+    "session.lost",
     "pool.over_disk_limit",
 )
 _NOTICES: Final = ("config.applied", "pool.drained", "janitor.swept", "slot.repairing", "slot.removed", "slot.added")

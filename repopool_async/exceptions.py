@@ -350,6 +350,10 @@ class StoreError(PoolManagerError):
     """Pool or slot records cannot be read or written (permissions, disk full, read-only)."""
 
 
+class CoordinatorUnavailableError(StoreError):
+    """The database that machines share cannot be used now; try again. What was under way is settled by itself."""
+
+
 class SalvageError(PoolManagerError):
     """Work could not be saved or brought back."""
 

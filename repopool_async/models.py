@@ -136,6 +136,7 @@ class Slot:
         allocation_count, total_allocated_seconds: usage (5.3).
         last_branch: branch of the last lease, for choosing a warm slot.
         unsaved: how the last lease ended (a `LeaseEnd`), until its work was saved or the slot is AVAILABLE; else None.
+        host_id: the host whose files these are, "" for the manager's machine. labels: what a claim may ask for.
     """
 
     slot_id: str
@@ -153,6 +154,8 @@ class Slot:
     allocation_count: int = 0
     total_allocated_seconds: float = 0.0
     unsaved: str | None = None
+    host_id: str = ""
+    labels: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from repopool_async._clock import now
 from repopool_async._identity import boot_id
-from repopool_async.coordination.base import Hold
+from repopool_async.coordination.base import Coordinator, Hold
 from repopool_async.coordination.files import FileCoordinator
+from repopool_async.coordination.postgres import PostgresCoordinator
 from repopool_async.lock_manager import LockManager
 from repopool_async.models import Pool, Seal, Slot, SlotState, make_slot_id
 from repopool_async.slot_allocator import available
@@ -70,9 +72,22 @@ async def add_slot(coordinator: FileCoordinator, store: SlotStore) -> Slot:
     return await settle(coordinator, await coordinator.create(slot))
 
 
-async def settle(coordinator: FileCoordinator, hold: Hold) -> Slot:
+async def settle(coordinator: Coordinator, hold: Hold) -> Slot:
     """Make a held slot AVAILABLE, as a cleaner would."""
     return await coordinator.finish(hold, available(hold.slot, make_seal(), now()))
+
+
+async def cancel_at(turns: int, times: int, task: "asyncio.Task[Any]") -> Any:
+    """Cancel a task after so many turns of the loop, so often, and return what it returned or None."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return None
 
 
 # Processes
@@ -203,6 +218,17 @@ def lease_and_wait(directory: str, detached_ttl: str) -> None:
             await coordinator.detach(grant)
         say("leased", grant.slot.slot_id, grant.token)
         await asyncio.to_thread(wait_for_word)
+
+    asyncio.run(run())
+
+
+def lease_in_database(dsn: str, ttl: str) -> None:
+    async def run() -> None:
+        async with PostgresCoordinator(dsn, ttl=float(ttl)) as coordinator:
+            grant = await coordinator.claim(REPO, commit=COMMIT, branch="main", lease_id="theirs")
+            assert grant
+            say("leased", grant.slot.slot_id, grant.token)
+            await asyncio.to_thread(wait_for_word)
 
     asyncio.run(run())
 

@@ -17,6 +17,7 @@ from typing import Final
 from repopool_async.cli._arguments import ExitStatus, build_parser, split_command
 from repopool_async.exceptions import (
     ConfigError,
+    CoordinatorUnavailableError,
     LockTimeoutError,
     PoolManagerError,
     PoolTimeoutError,
@@ -25,7 +26,7 @@ from repopool_async.exceptions import (
 
 __all__ = ["ExitStatus", "main"]
 
-_PASSES: Final = (PoolTimeoutError, LockTimeoutError, TooManyRequestsError)
+_PASSES: Final = (PoolTimeoutError, LockTimeoutError, TooManyRequestsError, CoordinatorUnavailableError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

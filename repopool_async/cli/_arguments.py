@@ -15,7 +15,7 @@ class ExitStatus(IntEnum):
     FAILURE = 70
     """A pool error; standard error has it in one line."""
     TRY_LATER = 75
-    """No slot within the time allowed, or too many wait already."""
+    """No slot within the time allowed, too many wait already, or the shared database cannot be used now."""
     CONFIG = 78
     """The configuration is refused."""
     NOT_EXECUTABLE = 126
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     log.add_argument("slot_id", metavar="SLOT_ID")
     log.add_argument("--limit", type=_count, metavar="N", help="only the newest N entries")
     _add_salvage(verbs)
+    _add_db(verbs)
     return parser
 
 
@@ -139,6 +140,17 @@ def _add_salvage(verbs: Any) -> None:
     restore.add_argument("salvage_id", metavar="ID", help="or its beginning")
     restore.add_argument("directory", metavar="DIR", nargs="?", default=".", help="the clone (default: here)")
     restore.add_argument("--branch", metavar="B", help="what to call the branch (default: salvage/<short id>)")
+
+
+def _add_db(verbs: Any) -> None:
+    about = "the schema of the database that machines share: bring it up to date, or look at it"
+    db = verbs.add_parser("db", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    add = _adder(db.add_subparsers(dest="action", required=True, metavar="ACTION"), "_db")
+    for parser in (
+        add("migrate", "apply the migrations that are missing"),
+        add("status", "show the schema's version; the exit status is 1 where it is not the one wanted"),
+    ):
+        parser.add_argument("--dsn", help="postgresql://… (default: REPOPOOL_DSN)")
 
 
 class _Version(argparse.Action):

@@ -1,21 +1,61 @@
 """The coordinator protocol: who holds which slot, and whose turn it is.
 
 A coordinator owns slot records from the moment they exist: it alone writes them, and it alone says who may. Files on
-one machine are the default (`coordination.files`), a database serves many. It never looks into a tree, cleans nothing
-and does not wait: callers poll, in the order that tickets give.
+one machine are the default (`coordination.files`), a database serves many (`coordination.postgres`). It never looks
+into a tree, cleans nothing and does not wait: callers poll, in the order that tickets give, and may be told when to.
 
 Three rules hold whatever the implementation. At most one live holder per slot. Tokens grow with every lease and every
 taking-away, so a holder that was robbed, or slept through its expiry, finds out at its next step (`LeaseLostError`)
 and writes nothing. What a dead holder leaves is found by `orphans` and never handed out before it was recovered.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 
 from repopool_async.models import Lease, Slot, SlotState
+
+HOST_UNREACHABLE: Final = "host unreachable"
+"""The `Slot.error` of a parked slot: its host does not answer. Such a slot comes back with its host, not by repair."""
+
+OnEvent = Callable[[str, Mapping[str, object]], None]
+"""Told a kind and its fields, on the event loop; must not raise."""
+
+
+def checked_ttl(ttl: float | None) -> float | None:
+    """Return a detached lease's duration in seconds, or None, as it is.
+
+    Raises:
+        ValueError: it is not positive and finite.
+    """
+    if ttl is not None and not (ttl > 0 and math.isfinite(ttl)):
+        raise ValueError(f"a detached lease lasts a positive, finite number of seconds, not {ttl}")
+    return ttl
+
+
+@attrs.frozen
+class Want:
+    """What a claim asks for; see `Coordinator.claim`.
+
+    Raises:
+        ValueError: `detached_ttl` is not a positive, finite number.
+    """
+
+    repo_name: str
+    lease_id: str
+    commit: str | None = None
+    branch: str | None = None
+    ref: str | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    prefer: frozenset[str] = frozenset()
+    exclude: frozenset[str] = frozenset()
+    exclude_hosts: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
+    detached_ttl: float | None = attrs.field(default=None, converter=checked_ttl)
+    wait_seconds: float | None = None
 
 
 @attrs.define(eq=False)
@@ -51,16 +91,35 @@ class Ticket(Protocol):
     """A process's place among the processes that wait for a slot of one pool."""
 
     async def is_first(self) -> bool:
-        """Return whether no live ticket is older. Ask at least every second: who stays silent for two is overtaken."""
+        """Return whether no live ticket is older.
+
+        To be asked as often as `Coordinator.poll_seconds` says: who stays silent is overtaken.
+        """
+
+    async def claim(self) -> Grant | None:
+        """Lease what the ticket was drawn for, where it is its turn and something is free; None otherwise.
+
+        A coordinator may hand a slot to a waiting ticket ahead of this call. What was granted here is the caller's;
+        what was handed over and not fetched goes back when the ticket does. To be called as often as `is_first`.
+
+        Raises:
+            ValueError: the ticket was drawn for nothing.
+        """
 
 
 class Coordinator(Protocol):
     """Claims, keeps, gives back and recovers slots.
 
     Every verb may raise `StoreError` where records cannot be read or written, `SlotNotFoundError` for a slot that does
-    not exist, and `LockTimeoutError` where another process is stuck in the middle of a step. A cancelled verb has
-    either happened or not, and never leaves a slot held by nobody who knows: what it took it has given back.
+    not exist, and `LockTimeoutError` where another process is stuck in the middle of a step. With
+    `CoordinatorUnavailableError` (a `StoreError`) it is not known whether the verb took effect; what it took goes back
+    by itself. A cancelled verb has either happened or not, and never leaves a slot held by nobody who knows: what it
+    took it has given back, or will where what keeps the records does not answer.
     """
+
+    @property
+    def poll_seconds(self) -> tuple[float, float]:
+        """The first and the longest pause between two looks of one that waits; long where it is told of changes."""
 
     # Claiming
 
@@ -75,6 +134,8 @@ class Coordinator(Protocol):
         metadata: Mapping[str, Any] | None = None,
         prefer: frozenset[str] = frozenset(),
         exclude: frozenset[str] = frozenset(),
+        exclude_hosts: frozenset[str] = frozenset(),
+        labels: frozenset[str] = frozenset(),
         detached_ttl: float | None = None,
         wait_seconds: float | None = None,
         stand_back: bool = False,
@@ -86,7 +147,8 @@ class Coordinator(Protocol):
         Args:
             commit: what is wanted, None for anything. branch: to be checked out, None for a detached HEAD.
             ref: the lessee's words. lease_id: unique for ever. metadata: anything JSON can hold.
-            prefer: slots to try first. exclude: slots not to try.
+            prefer: slots to try first. exclude: slots not to try. exclude_hosts: hosts of which no slot is wanted.
+            labels: what the slot must have, all of them.
             detached_ttl: seconds until a lease that outlives its process expires; None for one that does not.
             wait_seconds: how long the lessee has waited, for the history.
             stand_back: return None while any process that waits has a ticket.
@@ -119,6 +181,19 @@ class Coordinator(Protocol):
 
     async def is_held(self, hold: Hold) -> bool:
         """Return whether a hold still stands: neither taken away, nor expired, finished or abandoned."""
+
+    async def lost_among(self, holds: Collection[Hold]) -> list[Hold]:
+        """Return those that do not stand any more, as `is_held` would say of each; asks once for all."""
+
+    async def raise_token(self, hold: Hold, above: int) -> int:
+        """Give a hold, its slot and its lease a token higher than `above`, and return it.
+
+        For a host that has seen a higher token than the slot's: the records have lost some of their last changes, as
+        after a failover.
+
+        Raises:
+            LeaseLostError: the hold was taken away: somebody else has been given the slot meanwhile.
+        """
 
     # Giving back
 
@@ -203,6 +278,16 @@ class Coordinator(Protocol):
         As `force_unlock`: the slot becomes an orphan with a higher token, and the holder's next step fails.
         """
 
+    async def park_host(self, host_id: str) -> list[str]:
+        """Take every slot of a host that does not answer out of use, and return their ids.
+
+        They are ERROR with `HOST_UNREACHABLE`; who held them has lost them. Quarantined ones keep their reason. A slot
+        finished with that error is parked as well.
+        """
+
+    async def unpark_host(self, host_id: str) -> list[str]:
+        """Make orphans of a host's parked slots, now that it answers again, and return their ids."""
+
     # Records
 
     async def list_slots(self, repo_name: str) -> list[Slot]:
@@ -234,8 +319,15 @@ class Coordinator(Protocol):
 
     # Turns
 
-    def ticket(self, repo_name: str) -> AbstractAsyncContextManager[Ticket]:
+    def ticket(
+        self, repo_name: str, want: Want | None = None, *, on_change: Callable[[], object] | None = None
+    ) -> AbstractAsyncContextManager[Ticket]:
         """Return a context manager that holds this process's place in the queue for the block.
+
+        Args:
+            want: what `Ticket.claim` shall lease. None for a ticket that only tells whether it is its turn.
+            on_change: called on the event loop when it may have become this ticket's turn. A hint: it may come in vain,
+                and may not come at all.
 
         Raises:
             PoolNotFoundError: there is no such pool.

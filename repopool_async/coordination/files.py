@@ -8,14 +8,16 @@ what happens there, step by step, is `coordination.ledger`'s business.
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeVar
 
+import attrs
+
 from repopool_async._aio import in_thread, shielded
 from repopool_async._clock import boottime
-from repopool_async.coordination.base import Grant, Hold
-from repopool_async.coordination.ledger import Ledger, Want
+from repopool_async.coordination.base import Grant, Hold, OnEvent, Want, checked_ttl
+from repopool_async.coordination.ledger import Ledger
+from repopool_async.coordination.records import require_new, require_own, require_settled
 from repopool_async.coordination.tickets import FileTicket, TicketOffice
 from repopool_async.exceptions import PoolManagerError
 from repopool_async.lock_manager import LockManager
@@ -23,8 +25,8 @@ from repopool_async.models import Lease, Slot, SlotState
 from repopool_async.slot_store import SlotStore
 
 T = TypeVar("T")
-OnEvent = Callable[[str, Mapping[str, object]], None]
-"""Told a kind and its fields, on the event loop; must not raise."""
+
+_POLL_SECONDS: Final = (0.002, 0.1)
 
 _log: Final = logging.getLogger("repopool")
 
@@ -54,6 +56,11 @@ class FileCoordinator:
         self._clock = clock
         self._ledger = Ledger(store, locks, clock)
 
+    @property
+    def poll_seconds(self) -> tuple[float, float]:
+        """See `Coordinator`."""
+        return _POLL_SECONDS
+
     # Claiming
 
     async def claim(
@@ -67,6 +74,8 @@ class FileCoordinator:
         metadata: Mapping[str, Any] | None = None,
         prefer: frozenset[str] = frozenset(),
         exclude: frozenset[str] = frozenset(),
+        exclude_hosts: frozenset[str] = frozenset(),
+        labels: frozenset[str] = frozenset(),
         detached_ttl: float | None = None,
         wait_seconds: float | None = None,
         stand_back: bool = False,
@@ -81,13 +90,16 @@ class FileCoordinator:
             metadata=metadata or {},
             prefer=prefer,
             exclude=exclude,
-            detached_ttl=_checked_ttl(detached_ttl),
+            exclude_hosts=exclude_hosts,
+            labels=labels,
+            detached_ttl=detached_ttl,
             wait_seconds=wait_seconds,
         )
-        office = self._office(repo_name)
+        return await self._claim(want, self._office(repo_name) if stand_back else None)
 
+    async def _claim(self, want: Want, office: TicketOffice | None = None) -> Grant | None:
         def attempt() -> Grant | None:
-            return None if stand_back and office.has_tickets() else self._ledger.claim(want)
+            return None if office is not None and office.has_tickets() else self._ledger.claim(want)
 
         return await self._do(attempt, undo=self._unclaim)
 
@@ -97,12 +109,20 @@ class FileCoordinator:
 
     async def renew(self, slot_id: str, token: int, ttl: float | None) -> Lease:
         """See `Coordinator.renew`."""
-        seconds = _checked_ttl(ttl)
+        seconds = checked_ttl(ttl)
         return await self._do(lambda: self._ledger.renew(slot_id, token, seconds))
 
     async def is_held(self, hold: Hold) -> bool:
         """See `Coordinator.is_held`."""
         return await self._do(lambda: self._ledger.is_held(hold))
+
+    async def lost_among(self, holds: Collection[Hold]) -> list[Hold]:
+        """See `Coordinator.lost_among`."""
+        return await self._do(lambda: [hold for hold in holds if not self._ledger.is_held(hold)])
+
+    async def raise_token(self, hold: Hold, above: int) -> int:
+        """See `Coordinator.raise_token`."""
+        return await self._do(lambda: self._ledger.raise_token(hold, above))
 
     # Giving back
 
@@ -116,14 +136,13 @@ class FileCoordinator:
 
     async def update(self, hold: Hold, slot: Slot) -> Slot:
         """See `Coordinator.update`."""
-        _require_own(hold, slot)
+        require_own(hold, slot)
         return await self._do(lambda: self._ledger.update(hold, slot))
 
     async def finish(self, hold: Hold, slot: Slot) -> Slot:
         """See `Coordinator.finish`."""
-        _require_own(hold, slot)
-        if slot.state is not SlotState.ERROR and (slot.state is not SlotState.AVAILABLE or slot.seal is None):
-            raise ValueError(f"{slot.slot_id}: a hold ends with AVAILABLE and a seal, or with ERROR, not {slot.state}")
+        require_own(hold, slot)
+        require_settled(slot)
         return await self._do(lambda: self._ledger.finish(hold, slot))
 
     async def abandon_hold(self, hold: Hold) -> None:
@@ -162,6 +181,14 @@ class FileCoordinator:
         """See `Coordinator.expire`."""
         return await self._do(lambda: self._ledger.expire(slot_id, token))
 
+    async def park_host(self, host_id: str) -> list[str]:
+        """See `Coordinator.park_host`."""
+        return await self._do(lambda: self._ledger.park_host(host_id))
+
+    async def unpark_host(self, host_id: str) -> list[str]:
+        """See `Coordinator.unpark_host`."""
+        return await self._do(lambda: self._ledger.unpark_host(host_id))
+
     # Records
 
     async def list_slots(self, repo_name: str) -> list[Slot]:
@@ -178,8 +205,7 @@ class FileCoordinator:
 
     async def create(self, slot: Slot) -> Hold:
         """See `Coordinator.create`."""
-        if slot.state is not SlotState.CLEANING:
-            raise ValueError(f"{slot.slot_id}: a new slot is CLEANING until it is finished, not {slot.state}")
+        require_new(slot)
         return await shielded(self._create(slot), name=f"create-{slot.slot_id}", on_abandoned=self.delete)
 
     async def delete(self, hold: Hold) -> None:
@@ -188,9 +214,21 @@ class FileCoordinator:
 
     # Turns
 
-    def ticket(self, repo_name: str) -> FileTicket:
+    def ticket(
+        self,
+        repo_name: str,
+        want: Want | None = None,
+        *,
+        on_change: Callable[[], object] | None = None,  # noqa: ARG002 - files tell nobody; who waits polls
+    ) -> FileTicket:
         """See `Coordinator.ticket`."""
-        return FileTicket(self._office(repo_name))
+        drawn = self._clock()
+
+        async def claim(wanted: Want) -> Grant | None:
+            waited = (wanted.wait_seconds or 0.0) + self._clock() - drawn
+            return await self._claim(attrs.evolve(wanted, wait_seconds=waited))
+
+        return FileTicket(self._office(repo_name), None if want is None else lambda: claim(want))
 
     async def has_tickets(self, repo_name: str) -> bool:
         """See `Coordinator.has_tickets`."""
@@ -240,16 +278,3 @@ class FileCoordinator:
             kind, fields = news.popleft()
             if self._on_event is not None:
                 self._on_event(kind, fields)
-
-
-def _require_own(hold: Hold, slot: Slot) -> None:
-    if slot.slot_id != hold.slot.slot_id or slot.token != hold.token:
-        raise ValueError(
-            f"{slot.slot_id} with token {slot.token} is not the record of {hold.slot.slot_id} with token {hold.token}"
-        )
-
-
-def _checked_ttl(ttl: float | None) -> float | None:
-    if ttl is not None and not (ttl > 0 and math.isfinite(ttl)):
-        raise ValueError(f"a detached lease lasts a positive, finite number of seconds, not {ttl}")
-    return ttl

@@ -8,55 +8,39 @@ Whose a slot is by its record, and what the record becomes, `coordination.record
 others are `coordination.files`' business.
 """
 
-import functools
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from repopool_async._clock import now
-from repopool_async._identity import current_owner
-from repopool_async.coordination.base import Grant, Hold
+from repopool_async._identity import this_process
+from repopool_async.coordination.base import HOST_UNREACHABLE, Grant, Hold, Want
 from repopool_async.coordination.records import (
     after_use,
     held_seconds_of,
     is_expired,
     is_kept_by_record,
+    is_parked,
     keeping_expiry,
     lease_of,
     lost,
     needs_recovery,
     require_unexpired,
     with_expiry,
+    with_token,
 )
 from repopool_async.coordination.view import PoolView
 from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
 from repopool_async.lock_manager import HeldLock, LockManager
-from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Owner, Slot, SlotState, parse_slot_id
+from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Slot, SlotState, parse_slot_id
 from repopool_async.slot_allocator import allocated, cleaning, order_candidates
 from repopool_async.slot_store import SlotStore
 
 _log: Final = logging.getLogger("repopool")
-
-
-@attrs.frozen
-class Want:
-    """What a claim asks for; see `Coordinator.claim`."""
-
-    repo_name: str
-    lease_id: str
-    commit: str | None = None
-    branch: str | None = None
-    ref: str | None = None
-    metadata: Mapping[str, Any] = attrs.field(factory=dict)
-    prefer: frozenset[str] = frozenset()
-    exclude: frozenset[str] = frozenset()
-    detached_ttl: float | None = None
-    wait_seconds: float | None = None
 
 
 class Ledger:
@@ -130,6 +114,15 @@ class Ledger:
         except SlotNotFoundError:
             return False
 
+    def raise_token(self, hold: Hold, above: int) -> int:
+        """Give a hold a token higher than `above`."""
+        with self._own_record(hold) as stored:
+            hold.slot = self._write(with_token(stored, max(stored.token, above) + 1))
+        hold.token = hold.slot.token
+        if isinstance(hold, Grant):
+            hold.lease = lease_of(hold.slot)
+        return hold.token
+
     # Giving back
 
     def begin_return(self, grant: Grant) -> Slot:
@@ -185,7 +178,9 @@ class Ledger:
             return None  # trying its lock would be in a claimer's way
         with self._candidate(slot_id) as candidate:
             stored = candidate.stored
-            if stored.state not in states or is_kept_by_record(stored, self._clock()) or not candidate.is_locked:
+            if stored.state not in states or is_parked(stored) or not candidate.is_locked:
+                return None
+            if is_kept_by_record(stored, self._clock()):
                 return None
             slot = attrs.evolve(stored, token=stored.token + raise_token, state=becomes or stored.state)
             return candidate.keep(slot)
@@ -240,6 +235,37 @@ class Ledger:
         self._remember("expired", slot, held_seconds=held_seconds)
         self._announce("lease.expired", slot)
         return True
+
+    def park_host(self, host_id: str) -> list[str]:
+        """Take every slot of a host out of use."""
+        return [slot.slot_id for slot in self._slots_of_host(host_id) if self._park(slot.slot_id)]
+
+    def _park(self, slot_id: str) -> bool:
+        with self._record(slot_id) as stored:
+            if stored.state is SlotState.ERROR:
+                return False
+            is_leased = stored.state is SlotState.ALLOCATED
+            held_seconds = held_seconds_of(stored, self._clock()) if is_leased else None
+            after = after_use(stored, held_seconds or 0.0, LeaseEnd.FORCED)
+            self._write(attrs.evolve(after, state=SlotState.ERROR, error=HOST_UNREACHABLE, token=stored.token + 1))
+            self._locks.replace_sync(slot_id)
+        if is_leased:
+            self._remember("forced", stored, held_seconds=held_seconds)
+        return True
+
+    def unpark_host(self, host_id: str) -> list[str]:
+        """Make orphans of a host's parked slots."""
+        return [slot.slot_id for slot in self._slots_of_host(host_id) if self._unpark(slot.slot_id)]
+
+    def _unpark(self, slot_id: str) -> bool:
+        with self._record(slot_id) as stored:
+            if is_parked(stored):
+                self._write(cleaning(stored))
+            return is_parked(stored)
+
+    def _slots_of_host(self, host_id: str) -> Iterator[Slot]:
+        for repo_name in self._store.list_pools_sync():
+            yield from (slot for slot in self._view(repo_name).refresh() if slot.host_id == host_id)
 
     # Records
 
@@ -328,7 +354,7 @@ class Ledger:
         return Lease(
             lease_id=want.lease_id,
             token=slot.token + 1,
-            owner=_this_process(os.getpid()),
+            owner=this_process(),
             acquired_at=now(),
             acquired_boottime=started,
             expires_boottime=started + want.detached_ttl if want.detached_ttl is not None else None,
@@ -466,12 +492,13 @@ class _Candidate:
 
 def _ordered(slots: list[Slot], want: Want) -> list[Slot]:
     ordered = order_candidates(slots, commit=want.commit, branch=want.branch)
-    if not want.prefer and not want.exclude:
+    if not (want.prefer or want.exclude or want.exclude_hosts or want.labels):
         return ordered
-    wanted = (slot for slot in ordered if slot.slot_id not in want.exclude)
+    wanted = (
+        slot
+        for slot in ordered
+        if slot.slot_id not in want.exclude
+        and slot.host_id not in want.exclude_hosts
+        and want.labels.issubset(slot.labels)
+    )
     return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)
-
-
-@functools.lru_cache(maxsize=1)
-def _this_process(pid: int) -> Owner:  # noqa: ARG001 - a forked child is somebody else
-    return current_owner()

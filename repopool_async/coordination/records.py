@@ -9,6 +9,7 @@ import math
 import attrs
 
 from repopool_async._identity import boot_id
+from repopool_async.coordination.base import HOST_UNREACHABLE, Hold
 from repopool_async.exceptions import LeaseLostError, StoreError
 from repopool_async.models import Lease, LeaseEnd, Slot, SlotState
 from repopool_async.slot_allocator import cleaning
@@ -27,6 +28,11 @@ def is_expired(slot: Slot, at: float) -> bool:
     lease = slot.lease
     is_detached = slot.state is SlotState.ALLOCATED and lease is not None and lease.is_detached
     return is_detached and not is_kept_by_record(slot, at)
+
+
+def is_parked(slot: Slot) -> bool:
+    """Return whether a slot is out of use because its host does not answer."""
+    return slot.state is SlotState.ERROR and slot.error == HOST_UNREACHABLE
 
 
 def needs_recovery(slot: Slot, at: float) -> bool:
@@ -88,8 +94,38 @@ def with_expiry(slot: Slot, expires_boottime: float) -> Slot:
     return attrs.evolve(slot, lease=attrs.evolve(lease_of(slot), expires_boottime=expires_boottime))
 
 
+def with_token(slot: Slot, token: int) -> Slot:
+    """Return the record, and the lease where the slot is leased, with another token."""
+    if slot.state is not SlotState.ALLOCATED:
+        return attrs.evolve(slot, token=token)
+    return attrs.evolve(slot, token=token, lease=attrs.evolve(lease_of(slot), token=token))
+
+
 def keeping_expiry(slot: Slot, stored: Slot) -> Slot:
     """Return a record to write over the stored one, with the expiry that a renewal may have moved meanwhile."""
     if slot.lease is None or stored.lease is None or slot.lease.lease_id != stored.lease.lease_id:
         return slot
     return attrs.evolve(slot, lease=attrs.evolve(slot.lease, expires_boottime=stored.lease.expires_boottime))
+
+
+# -- what callers may ask for ----------------------------------------------------------------------------------------
+
+
+def require_own(hold: Hold, slot: Slot) -> None:
+    """Raise `ValueError` where a record is not of a hold's slot and token."""
+    if slot.slot_id != hold.slot.slot_id or slot.token != hold.token:
+        raise ValueError(
+            f"{slot.slot_id} with token {slot.token} is not the record of {hold.slot.slot_id} with token {hold.token}"
+        )
+
+
+def require_settled(slot: Slot) -> None:
+    """Raise `ValueError` where a hold cannot end with a record."""
+    if slot.state is not SlotState.ERROR and (slot.state is not SlotState.AVAILABLE or slot.seal is None):
+        raise ValueError(f"{slot.slot_id}: a hold ends with AVAILABLE and a seal, or with ERROR, not {slot.state}")
+
+
+def require_new(slot: Slot) -> None:
+    """Raise `ValueError` where a record is none to begin with."""
+    if slot.state is not SlotState.CLEANING:
+        raise ValueError(f"{slot.slot_id}: a new slot is CLEANING until it is finished, not {slot.state}")

@@ -16,7 +16,7 @@ Tickets only order the attempts. Exclusion is the slot lock's: two that both bel
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from typing import Final, Self
 
 from repopool_async._aio import in_thread, shielded
 from repopool_async._flock import is_flocked, lock_files
+from repopool_async.coordination.base import Grant
 from repopool_async.exceptions import PoolNotFoundError, StoreError
 
 SILENCE_SECONDS: Final = 2.0
@@ -142,10 +143,15 @@ class TicketOffice:
 
 
 class FileTicket:
-    """A place in the queue of processes, from entering the context until leaving it."""
+    """A place in the queue of processes, from entering the context until leaving it.
 
-    def __init__(self, office: TicketOffice) -> None:
+    Args:
+        claim: leases what the ticket is for, where anything is free.
+    """
+
+    def __init__(self, office: TicketOffice, claim: Callable[[], Awaitable[Grant | None]] | None = None) -> None:
         self._office = office
+        self._claim = claim
         self._drawn: tuple[str, int] | None = None
 
     async def __aenter__(self) -> Self:
@@ -163,6 +169,12 @@ class FileTicket:
     async def is_first(self) -> bool:
         """Do as `Ticket.is_first`; False outside the context."""
         return self._drawn is not None and await in_thread(self._office.is_first, *self._drawn)
+
+    async def claim(self) -> Grant | None:
+        """Do as `Ticket.claim`."""
+        if self._claim is None:
+            raise ValueError("the ticket was drawn for nothing; say what is wanted when drawing it")
+        return await self._claim() if await self.is_first() else None
 
     async def _give_up(self, drawn: tuple[str, int]) -> None:
         await in_thread(self._office.give_up, *drawn)
