@@ -330,7 +330,7 @@ class Salvage:
         async with self._alone():
             asked = "".join(f"delete {_REFS}/{salvage_id}\n" for salvage_id in salvage_ids).encode()
             await self._change("update-ref", "--no-deref", "--stdin", input=asked)
-            await self._change("repack", "-a", "-d", "-l", "-q")
+            await self._change("repack", "-a", "-d", "-l", "-q", "--no-write-bitmap-index")
             await self._change("prune", "--expire=now")
         await self._mirror.unkeep_matching(*(f"salvage-{salvage_id}-*" for salvage_id in salvage_ids))
 

@@ -115,7 +115,7 @@ async def test_with_a_selection_only_its_contents_are_fetched(manager: PoolManag
     assert len(contents(mirror)) == 5
 
 
-async def test_only_what_was_not_pushed_is_saved(manager: PoolManager, remote: Path) -> None:
+async def test_only_what_was_not_pushed_is_saved(manager: PoolManager, remote: Path, tmp_path: Path) -> None:
     await make_pool(manager, remote, salvage="always")
     async with manager.lease("web"):
         pass
@@ -132,6 +132,9 @@ async def test_only_what_was_not_pushed_is_saved(manager: PoolManager, remote: P
         assert (slot.path / "new").read_text() == "new\n"
     await manager.delete_salvage(record.salvage_id)
     assert record.salvage_id not in [one.salvage_id for one in await manager.list_salvage()]
+    listing = git(tmp_path / "pools/web/salvage.git", "count-objects", "-v").splitlines()
+    packed = int(next(line for line in listing if line.startswith("in-pack: ")).split()[1])
+    assert packed < 20, "the mirror's objects are borrowed, not copied"
 
 
 async def test_damaged_contents_are_found_and_fetched_again(manager: PoolManager, remote: Path) -> None:
