@@ -51,6 +51,7 @@ async def test_the_next_lessee_sees_a_fresh_clone_made_that_way(bench: Bench, op
 @pytest.mark.parametrize("vector", named(for_user(is_root=IS_ROOT)))
 async def test_also_after_every_contamination(bench: Bench, vector: Vector, then: str) -> None:
     try:
-        assert await leaks_of(bench, vector, then) == ()
-    except FileNotFoundError as error:
-        pytest.skip(f"it is about what is not checked out: {error.filename}")
+        leaks = await leaks_of(bench, vector, then)
+    except (FileNotFoundError, AssertionError) as error:  # raised only where the vector itself could not be played
+        pytest.skip(f"it is about what is not checked out: {error}")
+    assert leaks == ()

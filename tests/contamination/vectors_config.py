@@ -162,4 +162,5 @@ def info_refs_and_packs(scene: Scene) -> None:
 def info_is_a_fifo(scene: Scene) -> None:
     (scene.git_dir / "info").mkdir(exist_ok=True)
     for name in ("exclude", "attributes", "grafts", "sparse-checkout"):
+        (scene.git_dir / "info" / name).unlink(missing_ok=True)
         os.mkfifo(scene.git_dir / "info" / name)
