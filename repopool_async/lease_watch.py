@@ -26,13 +26,14 @@ class LeaseWatch:
 
     async def notice_lost(self) -> None:
         """Set `lost` of every lease of this process that was taken away."""
-        for opened in self._leases:
-            if not opened.leased.lost.is_set() and not await self._pool.parts.coordinator.is_held(opened.grant):
-                opened.leased.lost.set()
-                self._pool.changed.set()
-                self._pool.parts.emit(
-                    "lease.lost", {"slot_id": opened.leased.slot_id, "lease_id": opened.leased.lease_id}
-                )
+        standing = {opened.grant: opened.leased for opened in self._leases if not opened.leased.lost.is_set()}
+        if not standing:
+            return
+        for grant in await self._pool.parts.coordinator.lost_among(list(standing)):
+            leased = standing[grant]
+            leased.lost.set()
+            self._pool.changed.set()
+            self._pool.parts.emit("lease.lost", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
 
     async def reap_expired(self) -> None:
         """Recover the slots of detached leases that nobody renewed in time."""

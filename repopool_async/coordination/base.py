@@ -12,7 +12,7 @@ and writes nothing. What a dead holder leaves is found by `orphans` and never ha
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 
@@ -85,6 +85,9 @@ class Grant(Hold):
 
     lease: Lease
     previous: Slot
+
+
+AnyHold = TypeVar("AnyHold", bound=Hold)
 
 
 class Ticket(Protocol):
@@ -182,7 +185,7 @@ class Coordinator(Protocol):
     async def is_held(self, hold: Hold) -> bool:
         """Return whether a hold still stands: neither taken away, nor expired, finished or abandoned."""
 
-    async def lost_among(self, holds: Collection[Hold]) -> list[Hold]:
+    async def lost_among(self, holds: Collection[AnyHold]) -> list[AnyHold]:
         """Return those that do not stand any more, as `is_held` would say of each; asks once for all."""
 
     async def raise_token(self, hold: Hold, above: int) -> int:

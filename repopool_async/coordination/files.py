@@ -15,7 +15,7 @@ import attrs
 
 from repopool_async._aio import in_thread, shielded
 from repopool_async._clock import boottime
-from repopool_async.coordination.base import Grant, Hold, OnEvent, Want, checked_ttl
+from repopool_async.coordination.base import AnyHold, Grant, Hold, OnEvent, Want, checked_ttl
 from repopool_async.coordination.ledger import Ledger
 from repopool_async.coordination.records import require_new, require_own, require_settled
 from repopool_async.coordination.tickets import FileTicket, TicketOffice
@@ -116,7 +116,7 @@ class FileCoordinator:
         """See `Coordinator.is_held`."""
         return await self._do(lambda: self._ledger.is_held(hold))
 
-    async def lost_among(self, holds: Collection[Hold]) -> list[Hold]:
+    async def lost_among(self, holds: Collection[AnyHold]) -> list[AnyHold]:
         """See `Coordinator.lost_among`."""
         return await self._do(lambda: [hold for hold in holds if not self._ledger.is_held(hold)])
 

@@ -21,6 +21,7 @@ from repopool_async._identity import this_process
 from repopool_async.coordination.base import HOST_UNREACHABLE, Grant, Hold, Want
 from repopool_async.coordination.records import (
     after_use,
+    candidates,
     held_seconds_of,
     is_expired,
     is_kept_by_record,
@@ -37,7 +38,7 @@ from repopool_async.coordination.view import PoolView
 from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
 from repopool_async.lock_manager import HeldLock, LockManager
 from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Slot, SlotState, parse_slot_id
-from repopool_async.slot_allocator import allocated, cleaning, order_candidates
+from repopool_async.slot_allocator import allocated, cleaning
 from repopool_async.slot_store import SlotStore
 
 _log: Final = logging.getLogger("repopool")
@@ -65,11 +66,11 @@ class Ledger:
         view = self._view(want.repo_name)
         is_fresh = view.is_fresh
         slots = view.slots() if is_fresh else view.refresh()
-        grant = self._claim_first(_ordered(slots, want), want)
+        grant = self._claim_first(candidates(slots, want), want)
         if grant is None and is_fresh:
             seen = {slot.slot_id for slot in slots if slot.state is SlotState.AVAILABLE}
             late = [slot for slot in view.refresh() if slot.slot_id not in seen]
-            grant = self._claim_first(_ordered(late, want), want)
+            grant = self._claim_first(candidates(late, want), want)
         return grant
 
     def unclaim(self, grant: Grant) -> None:
@@ -488,17 +489,3 @@ class _Candidate:
         """Release the lock of a slot that was only looked at."""
         if self._held is not None and not self.is_kept:
             self._held.release_sync()
-
-
-def _ordered(slots: list[Slot], want: Want) -> list[Slot]:
-    ordered = order_candidates(slots, commit=want.commit, branch=want.branch)
-    if not (want.prefer or want.exclude or want.exclude_hosts or want.labels):
-        return ordered
-    wanted = (
-        slot
-        for slot in ordered
-        if slot.slot_id not in want.exclude
-        and slot.host_id not in want.exclude_hosts
-        and want.labels.issubset(slot.labels)
-    )
-    return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)

@@ -48,7 +48,7 @@ from repopool_async.coordination._pg_rows import (
 )
 from repopool_async.coordination._pg_slots import SlotTable
 from repopool_async.coordination._pg_ticket import PostgresTicket
-from repopool_async.coordination.base import Grant, Hold, OnEvent, Want, checked_ttl
+from repopool_async.coordination.base import AnyHold, Grant, Hold, OnEvent, Want, checked_ttl
 from repopool_async.coordination.records import lease_of, lost, require_new, require_own, require_settled
 from repopool_async.exceptions import LeaseLostError
 from repopool_async.models import Lease, Slot, SlotState
@@ -218,7 +218,7 @@ class PostgresCoordinator:
         """See `Coordinator.is_held`."""
         return not await self.lost_among([hold])
 
-    async def lost_among(self, holds: Collection[Hold]) -> list[Hold]:
+    async def lost_among(self, holds: Collection[AnyHold]) -> list[AnyHold]:
         """See `Coordinator.lost_among`."""
         ids = [hold.slot.slot_id for hold in holds]
         rows = await self._link.database.fetch(

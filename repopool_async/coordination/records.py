@@ -9,10 +9,10 @@ import math
 import attrs
 
 from repopool_async._identity import boot_id
-from repopool_async.coordination.base import HOST_UNREACHABLE, Hold
+from repopool_async.coordination.base import HOST_UNREACHABLE, Hold, Want
 from repopool_async.exceptions import LeaseLostError, StoreError
 from repopool_async.models import Lease, LeaseEnd, Slot, SlotState
-from repopool_async.slot_allocator import cleaning
+from repopool_async.slot_allocator import cleaning, order_candidates
 
 # -- whose it is -----------------------------------------------------------------------------------------------------
 
@@ -106,6 +106,21 @@ def keeping_expiry(slot: Slot, stored: Slot) -> Slot:
     if slot.lease is None or stored.lease is None or slot.lease.lease_id != stored.lease.lease_id:
         return slot
     return attrs.evolve(slot, lease=attrs.evolve(slot.lease, expires_boottime=stored.lease.expires_boottime))
+
+
+def candidates(slots: list[Slot], want: Want) -> list[Slot]:
+    """Return the slots that a claim may be given, the best first."""
+    ordered = order_candidates(slots, commit=want.commit, branch=want.branch)
+    if not (want.prefer or want.exclude or want.exclude_hosts or want.labels):
+        return ordered
+    wanted = (
+        slot
+        for slot in ordered
+        if slot.slot_id not in want.exclude
+        and slot.host_id not in want.exclude_hosts
+        and want.labels.issubset(slot.labels)
+    )
+    return sorted(wanted, key=lambda slot: slot.slot_id not in want.prefer)
 
 
 # -- what callers may ask for ----------------------------------------------------------------------------------------
