@@ -7,6 +7,7 @@ import asyncio
 import random
 import uuid
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final
 
 import attrs
@@ -60,7 +61,7 @@ class Debts:
 
     def owe_from_anywhere(self, debt: Debt) -> None:
         """Do as `owe`, from any thread."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop has ended, and with it the session that held it
             self._loop.call_soon_threadsafe(self.owe, debt)
 
     async def paid(self, debt: Debt) -> None:

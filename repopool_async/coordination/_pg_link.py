@@ -68,7 +68,11 @@ class Link:
             await self.database.open()
             await require_current(self.database)
             self.session = self._new_session()
-            await self.session.start()
+            try:
+                await self.session.start()
+            except BaseException:
+                await in_thread(self.session.stop)
+                raise
         except BaseException:
             await self.database.close()
             raise
@@ -184,18 +188,24 @@ class Link:
         while True:
             is_full = boottime() - swept >= _SWEEP_SECONDS
             with suppress(PoolManagerError, SessionExpiredError):
-                await self.reap(is_full=is_full)
-                swept = boottime() if is_full else swept
+                # Who has just come back would take all others for dead that were cut off with it.
+                if self.session.is_steady:
+                    await self.reap(is_full=is_full)
+                    swept = boottime() if is_full else swept
             await asyncio.sleep(self._ttl / 3 * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
 
     async def reap(self, *, is_full: bool = True) -> int:
         """End the sessions of dead processes, and return how many; what they held are orphans, or free, from now on.
 
         Args:
-            is_full: look also for what ended sessions left behind, and forget old history.
+            is_full: look also for what ended sessions left behind.
         """
         row = await self.database.fetch_row(
-            "reap sessions", "CALL repopool.reap($1, $2, NULL)", self.grace_seconds, is_full
+            "reap sessions",
+            "CALL repopool.reap($1, $2, $3, NULL)",
+            self.session.session_id,
+            self.grace_seconds,
+            is_full,
         )
         return int(row["p_reaped"])
 

@@ -71,17 +71,21 @@ class PostgresRecords:
             raise no_slot(result.slot_id)
 
     async def history(self, slot_id: str, *, limit: int | None = None) -> list[AllocationRecord]:
-        """See `PoolRecords.history`. The last 2,000 lines are kept."""
+        """See `PoolRecords.history`. At least the last 2,000 lines are kept."""
         return await self._log(slot_id, "allocation", AllocationRecord, limit)
 
     async def cleanup_log(self, slot_id: str, *, limit: int | None = None) -> list[CleanupResult]:
-        """See `PoolRecords.cleanup_log`. The last 2,000 lines are kept."""
+        """See `PoolRecords.cleanup_log`. At least the last 2,000 lines are kept."""
         return await self._log(slot_id, "cleanup", CleanupResult, limit)
 
     async def _log(self, slot_id: str, kind: str, record: type[Any], limit: int | None) -> list[Any]:
         rows = await self._link.database.fetch(
             f"read the log of {slot_id}",
-            "SELECT h.record::text AS record FROM repopool.slot s "
+            "SELECT (CASE WHEN h.event IS NULL THEN h.record "
+            "ELSE h.record - '{acquired_at,acquired_boottime,expires_boottime,is_detached}'::text[] "
+            "|| jsonb_build_object('event', h.event, 'slot_id', s.slot_id, 'at', repopool.in_iso(h.at), "
+            "'wait_seconds', h.wait_seconds, 'held_seconds', h.held_seconds) END)::text AS record "
+            "FROM repopool.slot s "
             "LEFT JOIN LATERAL (SELECT * FROM repopool.history h WHERE h.slot_id = s.slot_id AND h.kind = $2 "
             "ORDER BY h.id DESC LIMIT $3) h ON true WHERE s.slot_id = $1 ORDER BY h.id",
             *(slot_id, kind, limit),

@@ -75,7 +75,8 @@ class Session:
         self._ttl = ttl
         self._on_event = on_event
         self._on_notice = on_notice
-        self._trusted_until = float("-inf")
+        self._trusted_until = self._trusted_since = float("-inf")
+        self._is_stopping = False
         self._is_told = False
         self._is_known = False
         self._connection: Connection = None
@@ -91,6 +92,11 @@ class Session:
     def is_trusted(self) -> bool:
         """Whether the database surely takes us for alive."""
         return boottime() < self._trusted_until
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether that has been so for one whole `ttl`."""
+        return self.is_trusted and boottime() - self._trusted_since >= self._ttl
 
     def require_trust(self) -> None:
         """Refuse what must not be begun by a process that may be taken for dead.
@@ -126,6 +132,7 @@ class Session:
 
     def stop(self) -> None:
         """End the thread and wait for it, which is not long; the session's row stays."""
+        self._is_stopping = True
         self._post(lambda: self._main_task.cancel() if self._main_task is not None else None)
         if self._thread is not None:
             self._thread.join()
@@ -145,6 +152,8 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._main_task = asyncio.current_task()
         self._wake, self._probed, self._listens = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        if self._is_stopping:  # from before there was a loop to be told through
+            return
         tasks = TaskSet("heartbeat")
         try:
             await self._open()
@@ -165,7 +174,8 @@ class Session:
             if not ready.done():
                 ready.set_exception(failure) if failure is not None else ready.set_result(None)
 
-        ready.get_loop().call_soon_threadsafe(tell)
+        with suppress(RuntimeError):  # whoever waited has ended, loop and all
+            ready.get_loop().call_soon_threadsafe(tell)
 
     async def _open(self) -> None:
         sent = boottime()
@@ -208,6 +218,8 @@ class Session:
         return True
 
     def _trust(self, sent: float) -> None:
+        if not self.is_trusted:
+            self._trusted_since = boottime()
         self._trusted_until = sent + self._ttl * 0.9
         if self._is_told:
             self._is_told = False

@@ -64,9 +64,13 @@ CREATE TABLE repopool.history (
     id bigint GENERATED ALWAYS AS IDENTITY,
     slot_id text NOT NULL,
     kind text NOT NULL CHECK (kind IN ('allocation', 'cleanup')),
+    event text,                         -- these four of an allocation, whose lease is the record: put together when read
+    at timestamptz,
+    wait_seconds double precision,
+    held_seconds double precision,
     record jsonb NOT NULL
 );
-CREATE INDEX history_slot ON repopool.history (slot_id, kind, id);
+CREATE INDEX history_slot ON repopool.history (slot_id, id);
 
 CREATE TABLE repopool.named_lock (
     name text PRIMARY KEY,
@@ -112,13 +116,21 @@ CREATE FUNCTION repopool.remember(
 ) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF jsonb_typeof(p_record -> 'lease') = 'object' THEN
-        INSERT INTO repopool.history (slot_id, kind, record)
-        VALUES (p_record ->> 'slot_id', 'allocation',
-            (p_record -> 'lease') - '{acquired_at,acquired_boottime,expires_boottime,is_detached}'::text[]
-            || jsonb_build_object('event', p_event, 'slot_id', p_record -> 'slot_id', 'wait_seconds', p_wait,
-                                  'held_seconds', p_held, 'at', repopool.in_iso(clock_timestamp())));
+        INSERT INTO repopool.history (slot_id, kind, event, at, wait_seconds, held_seconds, record)
+        VALUES (p_record ->> 'slot_id', 'allocation', p_event, clock_timestamp(), p_wait, p_held, p_record -> 'lease');
     END IF;
 END $$;
+
+-- Keep a slot's logs short. Ids are counted over all slots, so each slot is looked after every now and then.
+CREATE FUNCTION repopool.shorten_log() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM repopool.history h WHERE h.slot_id = NEW.slot_id AND h.kind = NEW.kind AND h.id <= (
+        SELECT o.id FROM repopool.history o WHERE o.slot_id = NEW.slot_id AND o.kind = NEW.kind
+        ORDER BY o.id DESC OFFSET 2000 LIMIT 1);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER shorten_log AFTER INSERT ON repopool.history FOR EACH ROW WHEN (NEW.id % 256 = 0)
+EXECUTE FUNCTION repopool.shorten_log();
 
 -- Sessions
 
@@ -427,16 +439,19 @@ BEGIN
     RETURN v_pools;
 END $$;
 
--- End the sessions whose processes no longer beat, and take from them what they held. Any process may call it. Nobody is
--- ended in the first time after the server started or was promoted: then nobody could beat.
-CREATE PROCEDURE repopool.reap(p_grace double precision, p_is_full boolean, INOUT p_reaped integer) LANGUAGE plpgsql AS $$
+-- End the sessions whose processes no longer beat, and take from them what they held. Any process may call it that is
+-- alive itself: who was cut off would take all others for dead that were cut off with it. Nobody is ended in the first
+-- time after the server started or was promoted: then nobody could beat.
+CREATE PROCEDURE repopool.reap(
+    p_session uuid, p_grace double precision, p_is_full boolean, INOUT p_reaped integer
+) LANGUAGE plpgsql AS $$
 DECLARE
     v_settled interval;
     v_pools text[] := '{}';
     v_pool text;
 BEGIN
     p_reaped := 0;
-    IF NOT pg_try_advisory_xact_lock(1919250033) THEN
+    IF NOT repopool.is_alive(p_session) OR NOT pg_try_advisory_xact_lock(1919250033) THEN
         RETURN;
     END IF;
     v_settled := repopool.settled_for();
@@ -448,13 +463,6 @@ BEGIN
     GET DIAGNOSTICS p_reaped = ROW_COUNT;
     IF p_reaped > 0 OR p_is_full THEN
         v_pools := repopool.bury();
-    END IF;
-    IF p_is_full THEN
-        DELETE FROM repopool.history h USING (
-            SELECT id FROM (
-                SELECT id, row_number() OVER (PARTITION BY slot_id, kind ORDER BY id DESC) AS age FROM repopool.history
-            ) aged WHERE age > 2000) old
-        WHERE h.id = old.id;
     END IF;
     COMMIT;
     FOREACH v_pool IN ARRAY v_pools LOOP
