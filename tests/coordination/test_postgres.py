@@ -506,7 +506,7 @@ async def test_a_call_to_a_frozen_server_ends_in_time_and_so_does_closing(
     postgres: PostgresPlace, proxy: Proxy, server: Server
 ) -> None:
     await postgres.pool(1)
-    far = await postgres.coordinator(dsn=through(proxy, server), call_seconds=0.3)
+    far = await postgres.coordinator(dsn=through(proxy, server), call_seconds=2.0)
     proxy.freeze()
     with pytest.raises(CoordinatorUnavailableError, match="no answer in time"):
         await claimed(far)
