@@ -33,6 +33,7 @@ from repopool_async.workspaces.base import WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
 from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.sparse import Sparse
+from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.submodules import Submodules
 
 _LESSEE_PROCESSES: Final = 1_000_000
@@ -194,6 +195,7 @@ class Assembler:
             sparse=sparse,
             is_isolated=options.isolation == "full",
             run_as=run_as,
+            kept=KeptPaths(host=self._shared.host, git=runner, mirror=mirror, names=options.keep),
         )
 
     def _cleaner(

@@ -155,20 +155,39 @@ class SlotCleaner:
         Raises:
             CleanupError: no rung of the ladder helped; quarantine the slot.
         """
-        first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "return"), slot, checkout or _standing(slot), first=first, falls_back=True)
+        first, is_alone = await self._end_lease(slot)
+        return await self._climb(
+            _Log(slot, "return"),
+            slot,
+            checkout or _standing(slot),
+            first=first,
+            keeps_paths=is_alone,
+            falls_back=True,
+        )
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
         await self._end_work(slot)
-        first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "recover"), slot, checkout, first=first, falls_back=True)
+        first, is_alone = await self._end_lease(slot)
+        return await self._climb(
+            _Log(slot, "recover"), slot, checkout, first=first, keeps_paths=is_alone, falls_back=True
+        )
 
     async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
-        """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
+        """Make a damaged slot usable again, trusting nothing of its tree (9.2); kept directories go too.
+
+        Raises as `cleanup_after_release`.
+        """
         await self._end_lease(slot)
         first = Rung.RECLONE if self._strategy(slot).owns_objects else Rung.RECREATE_TREE
-        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=first, falls_back=True)
+        return await self._climb(
+            _Log(slot, "repair"),
+            slot,
+            checkout or _standing(slot),
+            first=first,
+            keeps_paths=False,
+            falls_back=True,
+        )
 
     async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
@@ -202,12 +221,14 @@ class SlotCleaner:
         checkout: Checkout,
         *,
         first: Rung,
+        keeps_paths: bool = True,
         falls_back: bool = False,
         is_negotiable: bool = True,
     ) -> CleanupResult:
         """Try rung after rung; where the commit is nowhere any more, and nobody insists on it, show the default.
 
         Args:
+            keeps_paths: whether kept directories stay.
             falls_back: show the commit of the last seal where the one wanted cannot be had.
         """
         rung = first
@@ -215,7 +236,7 @@ class SlotCleaner:
         log.rung = None if first is self._ordinary_rung else first
         while True:
             try:
-                return await self._try_rung(log, slot, checkout, rung)
+                return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
                 if _is_disk_full(error) and not has_freed:
@@ -230,7 +251,7 @@ class SlotCleaner:
                     await self._failed(log, error)
                     raise
                 if is_negotiable and rung is Rung.REBUILD_MIRROR and isinstance(error, GitRefMissingError):
-                    return await self._show_default(log, slot)
+                    return await self._show_default(log, slot, keeps_paths=keeps_paths)
                 following = _next_rung(rung, error, owns_objects=self._strategy(slot).owns_objects)
                 if following is None:
                     await self._failed(log, error)
@@ -239,18 +260,22 @@ class SlotCleaner:
                     raise _quarantined(slot, error) from error
                 rung = log.rung = following
 
-    async def _show_default(self, log: "_Log", slot: Slot) -> CleanupResult:
+    async def _show_default(self, log: "_Log", slot: Slot, *, keeps_paths: bool) -> CleanupResult:
         try:
             checkout = await self._strategy(slot).default_checkout()
-            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE)
+            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE, keeps_paths=keeps_paths)
         except (PoolManagerError, OSError) as error:
             log.note(error)
             await self._failed(log, error)
             raise _quarantined(slot, error) from error
 
-    async def _try_rung(self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung) -> CleanupResult:
+    async def _try_rung(
+        self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung, *, keeps_paths: bool
+    ) -> CleanupResult:
         trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
-        work = await self._strategy(slot).restore(slot, checkout, rung=rung, trust_untouched=trust_untouched)
+        work = await self._strategy(slot).restore(
+            slot, checkout, rung=rung, trust_untouched=trust_untouched, keeps_paths=keeps_paths
+        )
         await _call(self._callbacks.reset, slot)
         return await self._sealed(log, slot, checkout, work)
 
@@ -268,12 +293,16 @@ class SlotCleaner:
         """Where every cleaning of this pool begins."""
         return Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
 
-    async def _end_lease(self, slot: Slot) -> Rung:
-        """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
+    async def _end_lease(self, slot: Slot) -> tuple[Rung, bool]:
+        """End the last lease's processes; where others sit in the tree, only new inodes make it certain.
+
+        Returns:
+            The rung to begin with, and whether nobody sits there.
+        """
         # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
         first = self._ordinary_rung
         if slot.lease is None and self._run_as is None:
-            return first
+            return first, True
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
         group = self._run_as.group_of(slot) if self._run_as is not None else None
         since = None
@@ -290,9 +319,9 @@ class SlotCleaner:
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:
-            return first
+            return first, True
         self._tell("slot.bystanders", slot_id=slot.slot_id, processes=ended.bystanders)
-        return Rung.RECREATE_TREE
+        return Rung.RECREATE_TREE, False
 
     async def _sealed(self, log: "_Log", slot: Slot, checkout: Checkout, work: Work) -> CleanupResult:
         seal = await self._strategy(slot).seal(slot, checkout)
