@@ -271,7 +271,7 @@ async def test_what_is_mounted_in_a_kept_path_does_not_stay(manager: PoolManager
                 assert others(slot) == ["?? web/"]
     finally:
         for line in Path("/proc/self/mounts").read_text().splitlines():
-            if str(slot_directory(manager).parent) in line:
+            if str(manager.config.workspaces_dir) in line:
                 subprocess.run(["umount", "-l", line.split()[1]], check=True)
 
 
