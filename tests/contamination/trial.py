@@ -59,6 +59,10 @@ _ENVIRONMENT = {
 }
 
 
+Recipe = Callable[[Path, str, Mapping[str, str]], None]
+"""Makes a clone that somebody used show a ref to the next one, as well as it can."""
+
+
 @attrs.frozen
 class Outcome:
     """What one trial showed.
@@ -174,17 +178,16 @@ class Bench:
 
     # -- against recipes -----------------------------------------------------------------------------------------
 
-    def play_recipe(self, vector: Vector, recipe: Callable[[Path, str, Mapping[str, str]], None], then: str) -> Outcome:
+    def play_recipe(self, vector: Vector, recipe: Recipe, then: str) -> Outcome:
         """Play a vector in an ordinary clone that is then cleaned by a recipe, and look at it in the same way."""
         clone = self.directory / "recipe"
         subprocess.run(["rm", "-rf", clone], check=True)
         outside = self.fresh_outside()
-        scene = self.scene(
-            clone, outside, lambda *argv, env=None: _run_plain(clone, argv, {**self.environment, **(env or {})})
-        )
+        expected = self.expected(then)
+        scene = self.scene_of_clone(clone, outside)
         if vector.before:
             vector.before(scene)
-        fresh_clone(self.origin, clone, "main", self.environment)
+        self.make_clone(clone)
         try:
             vector.play(scene)
             clear(scene.canary)
@@ -196,13 +199,31 @@ class Bench:
                 leaks.append(f"the recipe failed: {error}")
             for act in scene.late:
                 act()
-            found = _compared(self.reference(then), clone, self.environment)
+            found = _compared(expected, lambda: self.look_at_clone(clone))
             leaks += [line for line in found if not line.startswith(_TRACES_OF_RECIPES)]
             leaks += _executed(scene)
             leaks += differences(before, directory_evidence(outside, skip=_NO_EVIDENCE))
         finally:
             scene.end()
         return Outcome(vector.name, then, tuple(leaks))
+
+    def make_clone(self, clone: Path) -> None:
+        """Make what a lessee is given where there is no pool."""
+        fresh_clone(self.origin, clone, "main", self.environment)
+
+    def look_at_clone(self, clone: Path) -> Evidence:
+        """Return the evidence of what a lessee was given."""
+        return clone_evidence(clone, self.environment)
+
+    def expected(self, then: str) -> Evidence:
+        """Return what that is to be compared with."""
+        return self.reference(then)
+
+    def scene_of_clone(self, clone: Path, outside: Path) -> Scene:
+        """Return the scene for a vector where there is no pool."""
+        return self.scene(
+            clone, outside, lambda *argv, env=None: _run_plain(clone, argv, {**self.environment, **(env or {})})
+        )
 
     def _make_template(self) -> None:
         template = self.directory / "template"
@@ -277,7 +298,7 @@ class _Trial:
         for act in self._scene.late:
             act()
         expected = with_borrowed_objects(self._bench.reference(self._then))
-        self.leaks += _compared(expected, self._tree, self._bench.environment)
+        self.leaks += _compared(expected, lambda: clone_evidence(self._tree, self._bench.environment))
         for name in self._scene.hidden_objects:
             if self._scene.git("cat-file", "-t", name, check=False):
                 self.leaks.append(f"the object {name} can be read")
@@ -340,9 +361,9 @@ def clear(directory: Path) -> None:
         path.unlink()
 
 
-def _compared(reference: Evidence, clone: Path, environment: Mapping[str, str]) -> list[str]:
+def _compared(reference: Evidence, look: Callable[[], Evidence]) -> list[str]:
     try:
-        return differences(reference, clone_evidence(clone, environment))
+        return differences(reference, look())
     except (OSError, subprocess.SubprocessError) as error:
         return [f"it cannot be looked at: {error}"]
 
