@@ -78,8 +78,11 @@ class PoolOptions:
         (),
         "directories that stay between leases with whatever is in them, such as node_modules",
     )
-    setup: tuple[str, ...] | None = option(or_none(COMMAND), None, "command run in a slot when it is made")
+    setup: tuple[str, ...] | None = option(
+        or_none(COMMAND), None, "command run in a slot to fill kept paths when it is made"
+    )
     setup_key: tuple[str, ...] = option(INNER_PATHS, (), "files whose change makes setup run again")
+    setup_timeout: float = option(duration(), 300.0, "how long setup may take")
     salvage: Literal["never", "abnormal", "always"] = option(
         choice("never", "abnormal", "always"),
         "abnormal",
@@ -133,6 +136,8 @@ class PoolOptions:
         self._refuse_keeping()
         if self.setup_key and self.setup is None:
             raise located("means nothing without setup", ("setup_key",))
+        if self.setup is not None and not self.keep:
+            raise located("means nothing without keep: what it makes would be cleaned away", ("setup",))
         if self.isolation == "full" and self.history != "full":
             raise located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
         if any(re.search(r"[*?\[\]\\]", name) for name in self.sparse):

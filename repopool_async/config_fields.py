@@ -17,8 +17,6 @@ UNSUPPORTED: Final = frozenset(
     {
         "max_slots",
         "idle_seconds",
-        "setup",
-        "setup_key",
         "hosts",
         "coordination",
         "webhooks",
