@@ -134,10 +134,6 @@ class PoolOptions:
         if self.idle_seconds is not None and self.max_slots is None:
             raise located("means nothing without max_slots", ("idle_seconds",))
         self._refuse_keeping()
-        if self.setup_key and self.setup is None:
-            raise located("means nothing without setup", ("setup_key",))
-        if self.setup is not None and not self.keep:
-            raise located("means nothing without keep: what it makes would be cleaned away", ("setup",))
         if self.isolation == "full" and self.history != "full":
             raise located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
         if any(re.search(r"[*?\[\]\\]", name) for name in self.sparse):
@@ -156,7 +152,13 @@ class PoolOptions:
             raise located(text, ("leak_warning",))
 
     def _refuse_keeping(self) -> None:
-        """Refuse kept paths that lie in each other, or where nothing that a lessee had may be used again."""
+        """Refuse kept paths that lie in each other, or where nothing that a lessee had may be used again; and setup
+        without any.
+        """
+        if self.setup_key and self.setup is None:
+            raise located("means nothing without setup", ("setup_key",))
+        if self.setup is not None and not self.keep:
+            raise located("means nothing without keep: what it makes would be cleaned away", ("setup",))
         names = [name.rstrip("/") for name in self.keep]
         for index, name in enumerate(names):
             if any(name == other or name.startswith(f"{other}/") for other in names[:index] + names[index + 1 :]):

@@ -137,7 +137,7 @@ class RemoteFiles:
     async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
         """See `Host.move_directories`; only asked of it where paths are kept, which remote slots do not offer."""
         if names:
-            raise _not_there(source)
+            raise _not_there(f"{source}, {target}")
         return ()
 
     async def measure_entries(self, root: str, names: Sequence[str]) -> list[int | None]:

@@ -155,14 +155,7 @@ class CloneWorkspace:
         keeps_paths: bool = True,
     ) -> Work:
         """See `WorkspaceStrategy.restore`."""
-        if rung > Rung.CLEAN:
-            self._lfs.forget()
-        if rung >= Rung.REBUILD_MIRROR:
-            await self._mirror.rebuild()
-            await self._submodules.rebuild()
-            await self._require(slot, checkout)
-        if rung >= Rung.RECLONE and self._own is not None:
-            await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
+        await self._forget(slot, checkout, rung)
         if not keeps_paths:
             await self._kept.drop(slot)
         await self._kept.drop_former(slot)
@@ -201,6 +194,17 @@ class CloneWorkspace:
         await self._kept.put_back(slot, checkout.commit)
         await self._installer.install(slot, checkout)
         return work
+
+    async def _forget(self, slot: Slot, checkout: Checkout, rung: Rung) -> None:
+        """Throw away, and have anew, what a rung does not trust of all that lies outside the tree."""
+        if rung > Rung.CLEAN:
+            self._lfs.forget()
+        if rung >= Rung.REBUILD_MIRROR:
+            await self._mirror.rebuild()
+            await self._submodules.rebuild()
+            await self._require(slot, checkout)
+        if rung >= Rung.RECLONE and self._own is not None:
+            await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
 
     async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
         """See `WorkspaceStrategy.seal`."""
