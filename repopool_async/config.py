@@ -152,9 +152,7 @@ class PoolOptions:
             raise located(text, ("leak_warning",))
 
     def _refuse_keeping(self) -> None:
-        """Refuse kept paths that lie in each other, or where nothing that a lessee had may be used again; and setup
-        without any.
-        """
+        """Refuse kept paths that lie in each other, or where nothing that a lessee had is used again; setup without."""
         if self.setup_key and self.setup is None:
             raise located("means nothing without setup", ("setup_key",))
         if self.setup is not None and not self.keep:
