@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import RepositoryUrlError as RepositoryUrlError
     from repopool_async.exceptions import SalvageError as SalvageError
     from repopool_async.exceptions import SalvageNotFoundError as SalvageNotFoundError
+    from repopool_async.exceptions import SetupError as SetupError
     from repopool_async.exceptions import SlotAllocationError as SlotAllocationError
     from repopool_async.exceptions import SlotInUseError as SlotInUseError
     from repopool_async.exceptions import SlotNotFoundError as SlotNotFoundError
@@ -152,6 +153,7 @@ _HOMES = {
     "SshHost": "repopool_async.hosts.ssh",
     "StaleLock": "repopool_async.models",
     "StoreError": "repopool_async.exceptions",
+    "SetupError": "repopool_async.exceptions",
     "SubmoduleError": "repopool_async.exceptions",
     "TooManyRequestsError": "repopool_async.exceptions",
     "UnkillableError": "repopool_async.exceptions",
@@ -216,6 +218,7 @@ __all__ = [
     "SalvageNotFoundError",
     "SalvageRecord",
     "Seal",
+    "SetupError",
     "Slot",
     "SlotAllocationError",
     "SlotAllocator",

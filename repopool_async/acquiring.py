@@ -209,6 +209,11 @@ class Acquirer:
             branch=attempt.new_branch or resolved.branch,
             is_tracking=attempt.new_branch is None,
         )
+        if await self._pool.parts.cleaner.is_setup_due(grant.slot, checkout):
+            # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
+            lease = attrs.evolve(grant.lease, commit=checkout.commit)
+            wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
+            grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
         result = await self._pool.parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
         lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
         if (lease, result.seal) != (grant.lease, grant.slot.seal):
@@ -232,7 +237,7 @@ class Acquirer:
         what = {
             "queue": "no slot became free; raise the timeout or num_slots, or return slots sooner",
             "fetch": "the remote had not answered; raise the timeout or check the network",
-            "checkout": "the check-out was not finished; raise the timeout",
+            "checkout": "the check-out, or the pool's setup, was not finished; raise the timeout",
         }[attempt.phase]
         what = deadlock or what
         listing = "".join(f"\n  {line}" for line in holders)

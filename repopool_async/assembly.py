@@ -28,9 +28,11 @@ from repopool_async.run_as import RunAs
 from repopool_async.salvage import Salvage
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks, SlotCleaner
+from repopool_async.slot_setup import SlotSetup
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
+from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Submodules
@@ -137,7 +139,7 @@ class Assembler:
             # Without metrics a pool counts into an allocator that nobody asks.
             allocator=shared.allocator if options.enable_metrics else SlotAllocator(shared.store),
             mirror=mirror,
-            cleaner=self._cleaner(options, runner, workspace, run_as),
+            cleaner=self._cleaner(options, runner, mirror, workspace, run_as),
             lessee_host=shared.lessee_host,
             lessee_git=GitOperations(shared.lessee_host),
             emit=self._emit,
@@ -194,10 +196,33 @@ class Assembler:
             sparse=sparse,
             is_isolated=options.isolation == "full",
             run_as=run_as,
+            kept=self._kept(options, runner, mirror),
+        )
+
+    def _kept(self, options: PoolOptions, runner: GitRunner, mirror: Mirror) -> KeptPaths:
+        return KeptPaths(host=self._shared.host, git=runner, mirror=mirror, names=options.keep)
+
+    def _setup(self, options: PoolOptions, runner: GitRunner, mirror: Mirror) -> SlotSetup | None:
+        if options.setup is None:
+            return None
+        return SlotSetup(
+            host=self._shared.lessee_host,
+            git=runner,
+            mirror=mirror,
+            kept=self._kept(options, runner, mirror),
+            command=options.setup,
+            key_files=options.setup_key,
+            timeout=options.setup_timeout,
+            is_ahead=options.warmup_enabled,
         )
 
     def _cleaner(
-        self, options: PoolOptions, runner: GitRunner, workspace: WorkspaceStrategy, run_as: RunAs | None
+        self,
+        options: PoolOptions,
+        runner: GitRunner,
+        mirror: Mirror,
+        workspace: WorkspaceStrategy,
+        run_as: RunAs | None,
     ) -> SlotCleaner:
         return SlotCleaner(
             GitOperations(self._shared.host, runner=runner),
@@ -207,6 +232,7 @@ class Assembler:
             on_event=self._shared.bus.emit,
             rebuild_always=options.rebuild_always,
             run_as=run_as,
+            setup=self._setup(options, runner, mirror),
         )
 
     def _salvage(self, repo_name: str, runner: GitRunner, mirror: Mirror, workspace: WorkspaceStrategy) -> Salvage:

@@ -73,9 +73,16 @@ class PoolOptions:
     )
     max_lease_seconds: float | None = option(or_none(duration()), None, "age at which a lease is ended by force")
     fetch_max_age: float = option(duration(is_zero_allowed=True), 0.0, "age up to which the last fetch is new enough")
-    keep: tuple[str, ...] = option(INNER_PATHS, (), "paths that stay between leases, such as node_modules")
-    setup: tuple[str, ...] | None = option(or_none(COMMAND), None, "command run in a slot when it is made")
+    keep: tuple[str, ...] = option(
+        INNER_PATHS,
+        (),
+        "directories that stay between leases with whatever is in them, such as node_modules",
+    )
+    setup: tuple[str, ...] | None = option(
+        or_none(COMMAND), None, "command run in a slot to fill kept paths when it is made"
+    )
     setup_key: tuple[str, ...] = option(INNER_PATHS, (), "files whose change makes setup run again")
+    setup_timeout: float = option(duration(), 300.0, "how long setup may take")
     salvage: Literal["never", "abnormal", "always"] = option(
         choice("never", "abnormal", "always"),
         "abnormal",
@@ -126,8 +133,7 @@ class PoolOptions:
             raise located(f"expected at least num_slots ({self.num_slots}), found {self.max_slots}", ("max_slots",))
         if self.idle_seconds is not None and self.max_slots is None:
             raise located("means nothing without max_slots", ("idle_seconds",))
-        if self.setup_key and self.setup is None:
-            raise located("means nothing without setup", ("setup_key",))
+        self._refuse_keeping()
         if self.isolation == "full" and self.history != "full":
             raise located("cannot be full where history is not: each slot would fetch the rest", ("isolation",))
         if any(re.search(r"[*?\[\]\\]", name) for name in self.sparse):
@@ -144,6 +150,23 @@ class PoolOptions:
         if self.leak_warning is not None and longest is not None and self.leak_warning >= longest:
             text = f"expected less than max_lease_seconds ({longest:g}), at which the lease is over"
             raise located(text, ("leak_warning",))
+
+    def _refuse_keeping(self) -> None:
+        """Refuse kept paths that lie in each other, or where nothing that a lessee had is used again; setup without."""
+        if self.setup_key and self.setup is None:
+            raise located("means nothing without setup", ("setup_key",))
+        if self.setup is not None and not self.keep:
+            raise located("means nothing without keep: what it makes would be cleaned away", ("setup",))
+        names = [name.rstrip("/") for name in self.keep]
+        for index, name in enumerate(names):
+            if any(name == other or name.startswith(f"{other}/") for other in names[:index] + names[index + 1 :]):
+                raise located(f"{shown(name)} is named twice, or lies in another of them", ("keep", f"[{index}]"))
+        for option_name in ("run_as", "rebuild_always") if names else ():
+            if getattr(self, option_name):
+                text = f"cannot be combined with {option_name}: nothing that a lessee had is used again there"
+                raise located(text, ("keep",))
+        if names and self.hosts:
+            raise located("cannot be combined with hosts: slots on other machines do not offer it yet", ("keep",))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "PoolOptions":

@@ -17,9 +17,6 @@ UNSUPPORTED: Final = frozenset(
     {
         "max_slots",
         "idle_seconds",
-        "keep",
-        "setup",
-        "setup_key",
         "hosts",
         "coordination",
         "webhooks",

@@ -244,6 +244,10 @@ class CommandFailedError(PoolManagerError):
         self.stderr = stderr
 
 
+class SetupError(CommandFailedError):
+    """The pool's `setup` command failed or took too long in a slot; neither slot nor lessee is to blame."""
+
+
 class CommandTimeoutError(PoolManagerError, TimeoutError):
     """A command ran longer, or was silent for longer, than it was allowed; it and its process group have been killed.
 

@@ -84,6 +84,7 @@ class Seal:
         clock_offset_ns: wall clock minus boot clock at the seal; if it moved, ctimes prove nothing.
         tree_device, tree_inode: the tree that was sealed.
         mirror_build: the mirror whose objects it was made of; nothing made of a damaged one is believed.
+        kept: the paths that were kept between leases then.
     """
 
     commit: str
@@ -96,6 +97,7 @@ class Seal:
     tree_device: int
     tree_inode: int
     mirror_build: str = ""
+    kept: tuple[str, ...] = ()
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ away afterwards. Whether history is complete is asked of git there, beside the m
 that is the business of `salvage`.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -292,7 +293,8 @@ class SalvageReader:
         listing = await self._run_in_tree("diff-files", "-z", "--name-status", "--ignore-submodules=all")
         words = _words(listing.stdout)
         changes = dict(zip(words[1::2], words[::2], strict=True))
-        others = _words((await self._run_in_tree("ls-files", "-z", "--others", "--exclude-standard")).stdout)
+        kept = [f"--exclude=/{_as_pattern(name)}/" for name in self._remains.kept]
+        others = _words((await self._run_in_tree("ls-files", "-z", "--others", "--exclude-standard", *kept)).stdout)
         deleted = [name for name, status in changes.items() if status == "D"]
         changed = await self._fitting([name for name in changes if name not in set(deleted)], work)
         untracked = await self._fitting(others, work)
@@ -465,3 +467,8 @@ def _tips(refs: Refs) -> list[_Tip]:
 
 def _words(data: bytes) -> list[str]:
     return [word.decode(errors="surrogateescape") for word in data.split(b"\0") if word]
+
+
+def _as_pattern(name: str) -> str:
+    """Return the pattern of git that matches this name alone."""
+    return re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)

@@ -28,6 +28,7 @@ from repopool_async.exceptions import (
     GitTransientError,
     LfsError,
     PoolManagerError,
+    SetupError,
     SubmoduleError,
     UnknownRefError,
 )
@@ -37,6 +38,7 @@ from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
 from repopool_async.run_as import RunAs
+from repopool_async.slot_setup import SlotSetup
 from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
@@ -81,6 +83,7 @@ class SlotCleaner:
         callbacks: of the pool's owner. on_event: told of what happens, a kind and fields.
         rebuild_always: make the tree anew after every lease, whatever became of the old one.
         run_as: the user that lessees run as, where it is another.
+        setup: what is run in slots before anybody gets them; nothing where missing.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class SlotCleaner:
         on_event: Callable[[str, dict[str, object]], None] | None = None,
         rebuild_always: bool = False,
         run_as: RunAs | None = None,
+        setup: SlotSetup | None = None,
     ) -> None:
+        self._setup = setup
         self._run_as = run_as
         self.rebuild_always = rebuild_always
         self._git = git
@@ -108,16 +113,17 @@ class SlotCleaner:
         """Make a new slot's tree (1.2).
 
         Raises:
-            CleanupError: it could not be made; the cause is chained.
+            CleanupError: it could not be made; the cause is chained. SetupError: the pool's setup failed in it.
         """
         log = _Log(slot, "provision")
         try:
             work = await self._strategy(slot).provision(slot, checkout)
             await _call(self._callbacks.configure, slot)
-            return await self._sealed(log, slot, checkout, work)
+            result = await self._sealed(log, slot, checkout, work)
         except (PoolManagerError, OSError) as error:
             await self._failed(log, error)
             raise
+        return await self._set_up(slot, checkout, result)
 
     async def cleanup_before_allocation(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
         """Bring a sealed slot to what a lease asked for; nothing is done where it stands there already.
@@ -127,8 +133,12 @@ class SlotCleaner:
 
         Raises:
             CleanupError: no rung of the ladder helped; quarantine the slot.
+            SetupError: the pool's setup failed for that commit; the slot is clean.
         """
         wanted = checkout or _standing(slot)
+        return await self._set_up(slot, wanted, await self._prepare(slot, wanted))
+
+    async def _prepare(self, slot: Slot, wanted: Checkout) -> CleanupResult:
         log = _Log(slot, "prepare")
         try:
             work = await self._strategy(slot).prepare(slot, wanted)
@@ -155,27 +165,49 @@ class SlotCleaner:
         Raises:
             CleanupError: no rung of the ladder helped; quarantine the slot.
         """
-        first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "return"), slot, checkout or _standing(slot), first=first, falls_back=True)
+        first, is_alone = await self._end_lease(slot)
+        result = await self._climb(
+            _Log(slot, "return"),
+            slot,
+            checkout or _standing(slot),
+            first=first,
+            keeps_paths=is_alone,
+            falls_back=True,
+        )
+        return await self._set_up_ahead(slot, checkout, result)
 
     async def recover(self, slot: Slot, checkout: Checkout) -> CleanupResult:
         """Clean a slot whose owner died, wherever it was interrupted. Raises as `cleanup_after_release`."""
         await self._end_work(slot)
-        first = await self._end_lease(slot)
-        return await self._climb(_Log(slot, "recover"), slot, checkout, first=first, falls_back=True)
+        first, is_alone = await self._end_lease(slot)
+        result = await self._climb(
+            _Log(slot, "recover"), slot, checkout, first=first, keeps_paths=is_alone, falls_back=True
+        )
+        return await self._set_up_ahead(slot, checkout, result)
 
     async def repair_slot(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
-        """Make a damaged slot usable again, trusting nothing of its tree (9.2). Raises as `cleanup_after_release`."""
+        """Make a damaged slot usable again, trusting nothing of its tree (9.2); kept directories go too.
+
+        Raises as `cleanup_after_release`.
+        """
         await self._end_lease(slot)
         first = Rung.RECLONE if self._strategy(slot).owns_objects else Rung.RECREATE_TREE
-        return await self._climb(_Log(slot, "repair"), slot, checkout or _standing(slot), first=first, falls_back=True)
+        result = await self._climb(
+            _Log(slot, "repair"),
+            slot,
+            checkout or _standing(slot),
+            first=first,
+            keeps_paths=False,
+            falls_back=True,
+        )
+        return await self._set_up_ahead(slot, checkout, result)
 
     async def verify_slot_integrity(self, slot: Slot) -> Sequence[str]:
         """Return what is wrong with a sealed slot, a line each; nothing where all is well. Reads every inode."""
         return await self._strategy(slot).verify(slot)
 
     async def warmup_slot(self, slot: Slot, checkout: Checkout) -> CleanupResult:
-        """Bring a sealed, unleased slot to a commit ahead of the lease that will want it (10.3)."""
+        """Bring a sealed, unleased slot to a commit, and set it up, ahead of the lease that will want it (10.3)."""
         result = await self.cleanup_before_allocation(slot, checkout)
         return attrs.evolve(result, operation="warmup")
 
@@ -193,6 +225,50 @@ class SlotCleaner:
         """Forget what is kept for a slot outside its directory; it is about to be deleted."""
         await self._strategy(slot).discard(slot)
 
+    # -- the pool's setup ----------------------------------------------------------------------------------------
+
+    async def is_setup_due(self, slot: Slot, checkout: Checkout) -> bool:
+        """Return whether bringing a slot to a commit includes running the pool's setup in it."""
+        return self._setup is not None and await self._setup.is_due(slot, checkout.commit, is_wanted=True)
+
+    async def _set_up(self, slot: Slot, checkout: Checkout, result: CleanupResult) -> CleanupResult:
+        """Run the pool's setup in a clean slot where it is due; where it fails the slot is clean all the same."""
+        if not await self.is_setup_due(slot, checkout):
+            return result
+        result, failure = await self._run_setup(slot, checkout, result)
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _set_up_ahead(self, slot: Slot, checkout: Checkout | None, result: CleanupResult) -> CleanupResult:
+        """Spare the next lessee the setup; where it failed before, or fails now, whoever needs it is told."""
+        wanted = checkout or _standing(slot)
+        setup = self._setup
+        if setup is None or not setup.is_ahead or result.commit != wanted.commit:
+            return result
+        if await setup.is_due(slot, wanted.commit, is_wanted=False):
+            result, _ = await self._run_setup(slot, wanted, result)
+        return result
+
+    async def _run_setup(
+        self, slot: Slot, checkout: Checkout, result: CleanupResult
+    ) -> tuple[CleanupResult, SetupError | None]:
+        assert self._setup is not None
+        self._tell("slot.setup", slot_id=slot.slot_id, commit=checkout.commit)
+        log = _Log(slot, "setup")
+        failure: SetupError | None = None
+        try:
+            await self._setup.run(slot, checkout.commit, mark=LEASE_MARK)
+        except SetupError as error:
+            failure = error
+            self._tell("slot.setup_failed", slot_id=slot.slot_id, commit=checkout.commit, error=_brief(error))
+            await self._logged(log.failure(error))
+        sealed = attrs.evolve(slot, seal=result.seal)
+        first = Rung.CLEAN if failure is None else Rung.RECREATE_TREE
+        result = await self._climb(log, sealed, checkout, first=first, keeps_paths=failure is None)
+        await self._setup.note(slot, checkout.commit, failed=failure is not None)
+        return result, failure
+
     # -- the ladder ----------------------------------------------------------------------------------------------
 
     async def _climb(
@@ -202,12 +278,14 @@ class SlotCleaner:
         checkout: Checkout,
         *,
         first: Rung,
+        keeps_paths: bool = True,
         falls_back: bool = False,
         is_negotiable: bool = True,
     ) -> CleanupResult:
         """Try rung after rung; where the commit is nowhere any more, and nobody insists on it, show the default.
 
         Args:
+            keeps_paths: whether kept directories stay.
             falls_back: show the commit of the last seal where the one wanted cannot be had.
         """
         rung = first
@@ -215,7 +293,7 @@ class SlotCleaner:
         log.rung = None if first is self._ordinary_rung else first
         while True:
             try:
-                return await self._try_rung(log, slot, checkout, rung)
+                return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
                 if _is_disk_full(error) and not has_freed:
@@ -230,7 +308,7 @@ class SlotCleaner:
                     await self._failed(log, error)
                     raise
                 if is_negotiable and rung is Rung.REBUILD_MIRROR and isinstance(error, GitRefMissingError):
-                    return await self._show_default(log, slot)
+                    return await self._show_default(log, slot, keeps_paths=keeps_paths)
                 following = _next_rung(rung, error, owns_objects=self._strategy(slot).owns_objects)
                 if following is None:
                     await self._failed(log, error)
@@ -239,18 +317,22 @@ class SlotCleaner:
                     raise _quarantined(slot, error) from error
                 rung = log.rung = following
 
-    async def _show_default(self, log: "_Log", slot: Slot) -> CleanupResult:
+    async def _show_default(self, log: "_Log", slot: Slot, *, keeps_paths: bool) -> CleanupResult:
         try:
             checkout = await self._strategy(slot).default_checkout()
-            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE)
+            return await self._try_rung(log, slot, checkout, Rung.RECREATE_TREE, keeps_paths=keeps_paths)
         except (PoolManagerError, OSError) as error:
             log.note(error)
             await self._failed(log, error)
             raise _quarantined(slot, error) from error
 
-    async def _try_rung(self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung) -> CleanupResult:
+    async def _try_rung(
+        self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung, *, keeps_paths: bool
+    ) -> CleanupResult:
         trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
-        work = await self._strategy(slot).restore(slot, checkout, rung=rung, trust_untouched=trust_untouched)
+        work = await self._strategy(slot).restore(
+            slot, checkout, rung=rung, trust_untouched=trust_untouched, keeps_paths=keeps_paths
+        )
         await _call(self._callbacks.reset, slot)
         return await self._sealed(log, slot, checkout, work)
 
@@ -268,12 +350,16 @@ class SlotCleaner:
         """Where every cleaning of this pool begins."""
         return Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
 
-    async def _end_lease(self, slot: Slot) -> Rung:
-        """End the last lease's processes; where others sit in the tree, only new inodes make it certain."""
+    async def _end_lease(self, slot: Slot) -> tuple[Rung, bool]:
+        """End the last lease's processes; where others sit in the tree, only new inodes make it certain.
+
+        Returns:
+            The rung to begin with, and whether nobody sits there.
+        """
         # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
         first = self._ordinary_rung
         if slot.lease is None and self._run_as is None:
-            return first
+            return first, True
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
         group = self._run_as.group_of(slot) if self._run_as is not None else None
         since = None
@@ -290,9 +376,9 @@ class SlotCleaner:
         if ended.killed:
             self._tell("lease.processes_ended", slot_id=slot.slot_id, pids=ended.killed)
         if not ended.bystanders:
-            return first
+            return first, True
         self._tell("slot.bystanders", slot_id=slot.slot_id, processes=ended.bystanders)
-        return Rung.RECREATE_TREE
+        return Rung.RECREATE_TREE, False
 
     async def _sealed(self, log: "_Log", slot: Slot, checkout: Checkout, work: Work) -> CleanupResult:
         seal = await self._strategy(slot).seal(slot, checkout)

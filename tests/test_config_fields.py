@@ -69,7 +69,11 @@ class TestUnsupportedOptions:
 
     @pytest.mark.parametrize("name", sorted(SAMPLES))
     def test_have_their_checks_ready(self, name: str, all_supported: None) -> None:
-        companions: dict[str, dict[str, Any]] = {"idle_seconds": {"max_slots": 8}, "setup_key": {"setup": ["true"]}}
+        companions: dict[str, dict[str, Any]] = {
+            "idle_seconds": {"max_slots": 8},
+            "setup": {"keep": ["a"]},
+            "setup_key": {"setup": ["true"], "keep": ["a"]},
+        }
         options = PoolConfig().options_for(None, **{name: SAMPLES[name], **companions.get(name, {})})
         assert name in options.changed()
         assert PoolOptions.from_mapping(json.loads(json.dumps(options.changed()))) == options
@@ -82,6 +86,7 @@ class TestUnsupportedOptions:
             ("setup_key", {"setup_key": ["a"]}),
             ("setup", {"setup": "echo 'open"}),
             ("setup", {"setup": ""}),
+            ("setup", {"setup": "true"}),
             ("setup", {"setup": []}),
             ("setup", {"setup": ["a", 1]}),
             ("keep", {"keep": "node_modules"}),
@@ -90,6 +95,10 @@ class TestUnsupportedOptions:
             ("keep[0]", {"keep": [".git/x"]}),
             ("keep[0]", {"keep": ["."]}),
             ("keep[0]", {"keep": [""]}),
+            ("keep[0]", {"keep": ["a/b", "c", "a"]}),
+            ("keep[0]", {"keep": ["a", "a/"]}),
+            ("keep", {"keep": ["a"], "run_as": "nobody"}),
+            ("keep", {"keep": ["a"], "rebuild_always": True}),
             ("disk_limit", {"disk_limit": 0}),
             ("salvage_limit", {"salvage_limit": "lots"}),
             ("salvage", {"salvage": "sometimes"}),
@@ -102,7 +111,12 @@ class TestUnsupportedOptions:
         assert str(caught.value).count(f"{key}: ") == 1
 
     def test_split_a_command_without_a_shell(self, all_supported: None) -> None:
-        assert PoolOptions.from_mapping({"setup": "sh -c 'a; b' $HOME"}).setup == ("sh", "-c", "a; b", "$HOME")
+        assert PoolOptions.from_mapping({"keep": ["x"], "setup": "sh -c 'a; b' $HOME"}).setup == (
+            "sh",
+            "-c",
+            "a; b",
+            "$HOME",
+        )
 
     def test_take_a_list_with_all_items_commented_out_as_empty(self) -> None:
         assert PoolConfig.from_text("defaults:\n  keep:\n  #  - node_modules\n  remotes:\n").defaults == PoolOptions()

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from repopool_async.hosts._tree import _opened, _step
+from repopool_async.hosts._tree import opened, step
 from repopool_async.hosts.base import Collected, Wanted
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -59,7 +59,7 @@ class _Collection:
         self._skipped: list[str] = []
 
     def run(self, root: str, inside: str) -> Collected:
-        with _opened(root, inside.split("/") if inside else ()) as descriptor:
+        with opened(root, inside.split("/") if inside else ()) as descriptor:
             if descriptor is None:
                 if os.path.lexists(os.path.join(root, inside)):
                     self._skip(".", "is no directory")
@@ -92,7 +92,7 @@ class _Collection:
         return iter(sorted(listed))
 
     def _descend(self, descriptor: int, name: str, relative: str, depth: int) -> None:
-        child = _step(descriptor, name) if depth else None
+        child = step(descriptor, name) if depth else None
         if child is None:
             self._skip(relative, "cannot be entered")
             return
@@ -218,7 +218,7 @@ def measure_entries(root: str, names: Sequence[str]) -> list[int | None]:
     for name in names:
         by_parent.setdefault(name.rpartition("/")[0], []).append(name)
     for parent, entries in by_parent.items():
-        with _opened(root, parent.split("/") if parent else ()) as descriptor:
+        with opened(root, parent.split("/") if parent else ()) as descriptor:
             for name in entries:
                 sizes[name] = None if descriptor is None else _measure(descriptor, name.rpartition("/")[2])
     return [sizes[name] for name in names]

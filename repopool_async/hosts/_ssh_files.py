@@ -8,7 +8,7 @@ import errno
 import functools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
@@ -100,8 +100,17 @@ class RemoteFiles:
         call = command("remove_tree", path, mount_name(path))
         (await self._shell.call(lambda _: call, "trees", is_repeatable=True)).require(path)
 
-    async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
-        """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared."""
+    async def inspect_tree(
+        self,
+        root: str,
+        *,
+        since_ns: int | None,
+        settled: Settled | None = None,
+        passed_over: Collection[str] = (),
+    ) -> TreeInspection:
+        """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared, nothing is passed over."""
+        if passed_over:
+            raise _not_there(root)
         fresh = f"{root.rpartition('/')[0]}/.repopool-{uuid.uuid4().hex}"
         exact = await self._is_exact()
         answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh), "inspection")
@@ -124,6 +133,12 @@ class RemoteFiles:
         lines.append(b"echo $removed")
         answer = await self._shell.call(lambda _: b"\n".join(lines), "trees")
         return int(answer.require(root))
+
+    async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
+        """See `Host.move_directories`; only asked of it where paths are kept, which remote slots do not offer."""
+        if names:
+            raise _not_there(f"{source}, {target}")
+        return ()
 
     async def measure_entries(self, root: str, names: Sequence[str]) -> list[int | None]:
         """See `Host.measure_entries`."""
@@ -231,6 +246,10 @@ def _ending(place: Place, hidden: bytes, tools: Tools) -> bytes:
         b"name_found",
     ]
     return b"\n".join(lines)
+
+
+def _not_there(path: str) -> OSError:
+    return OSError(errno.ENOTSUP, "paths cannot be kept on a host over SSH", path)
 
 
 def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ import os
 import stat
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
@@ -36,20 +36,23 @@ _OWNERS_FLAGS: Final = 0x620380FF
 """The inode flags of `chattr` that somebody sets; the others say how the file system stores the inode."""
 
 
-def inspect_tree(root: str, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
+def inspect_tree(
+    root: str, since_ns: int | None, settled: Settled | None = None, passed_over: Collection[str] = ()
+) -> TreeInspection:
     """See `Host.inspect_tree`.
 
     What has too long a name is counted, and reported as its last directory whose name is not too long, in
     `changed_directories`.
     """
-    return _Inspection(root, since_ns, settled or Settled(0, frozenset())).run()
+    return _Inspection(root, since_ns, settled or Settled(0, frozenset()), frozenset(passed_over)).run()
 
 
 class _Inspection:
     """One pass. Holds descriptors of a directory and one in it, whatever the depth; goes up again by `..`."""
 
-    def __init__(self, root: str, since_ns: int | None, settled: Settled) -> None:
+    def __init__(self, root: str, since_ns: int | None, settled: Settled, passed_over: frozenset[str]) -> None:
         self._root = root
+        self._passed_over = passed_over
         self._since_ns = since_ns
         self._settled = settled
         self._device = 0
@@ -64,7 +67,7 @@ class _Inspection:
         self._mounts: list[str] = []
         self._irregular: list[str] = []
         self._to_compare: set[str] = set()
-        self._fresh: _Particulars | None = None
+        self._fresh: Particulars | None = None
 
     def run(self) -> TreeInspection:
         if open_up(self._root):
@@ -177,6 +180,9 @@ class _Inspection:
         if status.st_dev != self._device:
             self._mounts.append(name)
             return False
+        if name in self._passed_over:
+            self._look_at_passed_over(entry_name, name, descriptor)
+            return False
         if self._is_changed(name, status):
             self._changed_directories.append(name)
             self._to_compare.add(name)
@@ -184,11 +190,23 @@ class _Inspection:
             self._unlocked.append(name)
         return True
 
+    def _look_at_passed_over(self, entry_name: str, name: str, parent: int) -> None:
+        """Note a directory that is not entered, where it is not as a new one or something is mounted in it."""
+        self._mounts += [point for point in self._mounted if point.startswith(f"{name}/")]
+        child = step(parent, entry_name)
+        if child is None:
+            self._changed.append(name)
+            return
+        try:
+            self._compare(child, name)
+        finally:
+            os.close(child)
+
     def _compare(self, descriptor: int, name: str) -> None:
         """Note a directory that is not as a new one would be."""
         if self._fresh is None:
-            self._fresh = _fresh_directory(os.path.dirname(self._root))
-        if _particulars(descriptor) != self._fresh:
+            self._fresh = fresh_directory(os.path.dirname(self._root))
+        if particulars(descriptor) != self._fresh:
             self._irregular.append(name)
 
     def _look_briefly(self, entry: os.DirEntry[str], _prefix: str, descriptor: int) -> bool:
@@ -224,24 +242,24 @@ def _open_root(root: str) -> int:
         raise
 
 
-_Particulars = tuple[int, int, int, int, tuple[tuple[str, bytes], ...]]
+Particulars = tuple[int, int, int, int, tuple[tuple[str, bytes], ...]]
 
 
-def _fresh_directory(parent: str) -> _Particulars:
+def fresh_directory(parent: str) -> Particulars:
     """Say what a new directory is like: umask, default access lists, inherited groups and flags included."""
     path = os.path.join(parent, f".repopool-{uuid.uuid4().hex}")
     os.mkdir(path)
     try:
         descriptor = os.open(path, _DIRECTORY)
         try:
-            return _particulars(descriptor)
+            return particulars(descriptor)
         finally:
             os.close(descriptor)
     finally:
         os.rmdir(path)
 
 
-def _particulars(descriptor: int) -> _Particulars:
+def particulars(descriptor: int) -> Particulars:
     """Say what an inode carries besides its contents, as far as its owner could have changed it."""
     status = os.fstat(descriptor)
     names = sorted(os.listxattr(descriptor)) if hasattr(os, "listxattr") else []
@@ -285,21 +303,21 @@ def remove_entries(root: str, names: Iterable[str], trash: str) -> int:
             by_parent.setdefault(parent, []).append(last)
     removed = 0
     for parent, entries in by_parent.items():
-        with _opened(root, parent.split("/") if parent else ()) as descriptor:
+        with opened(root, parent.split("/") if parent else ()) as descriptor:
             if descriptor is not None:
                 removed += sum(_remove_entry(descriptor, name, trash) for name in entries)
     return removed
 
 
 @contextlib.contextmanager
-def _opened(root: str, parts: Sequence[str]) -> Iterator[int | None]:
+def opened(root: str, parts: Sequence[str]) -> Iterator[int | None]:
     """Open a directory inside the root step by step; None where a step is no real directory on the root's device."""
     descriptor = _open_root(root)
     try:
         device = os.fstat(descriptor).st_dev
         is_inside = _NO_NAMES.isdisjoint(parts)
         for part in parts if is_inside else ():
-            below = _step(descriptor, part)
+            below = step(descriptor, part)
             if below is None:
                 is_inside = False
                 break
@@ -311,7 +329,7 @@ def _opened(root: str, parts: Sequence[str]) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _step(descriptor: int, name: str) -> int | None:
+def step(descriptor: int, name: str) -> int | None:
     try:
         return os.open(name, _DIRECTORY, dir_fd=descriptor)
     except PermissionError:

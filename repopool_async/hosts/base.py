@@ -5,7 +5,7 @@ absolute, POSIX, on the host, and carry undecodable bytes as surrogates (`os.fsd
 thread hop here and one round trip on a remote host. The host knows nothing of leases, mirrors or git.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Final, Protocol
@@ -379,7 +379,14 @@ class Host(Protocol):
             OSError: something could not be deleted (EBUSY where something is mounted).
         """
 
-    async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
+    async def inspect_tree(
+        self,
+        root: str,
+        *,
+        since_ns: int | None,
+        settled: Settled | None = None,
+        passed_over: Collection[str] = (),
+    ) -> TreeInspection:
         """Look at every inode of a tree once and make its directories accessible to their owner.
 
         Nothing is followed, opened for reading or executed.
@@ -387,6 +394,9 @@ class Host(Protocol):
         Args:
             since_ns: report what has a ctime not older than this as changed; None reports everything.
             settled: entries with a later time of their own.
+            passed_over: names of directories that are not entered and never count as changed; `irregular` and `mounts`
+                are reported of them too, whenever they came to be so. What has such a name and is no directory is
+                treated as any other.
 
         Raises:
             NotADirectoryError: the root is no directory, or a link.
@@ -400,6 +410,18 @@ class Host(Protocol):
 
         Returns:
             How many there were.
+        """
+
+    async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Move directories, by name, from one directory to the same places in another on the same file system.
+
+        Only what is an ordinary directory moves, with all that is in it: no link, not reached through one, owner,
+        attributes and flags as a new directory beside `source` would have them, nothing mounted on it or inside; its
+        mode becomes a new one's. Missing directories are made on the way in `target`, and `target` itself. Whatever is
+        not so, is absent, or whose place is taken is passed over.
+
+        Returns:
+            Which were moved.
         """
 
     async def file_system_clock_ns(self, directory: str) -> int:

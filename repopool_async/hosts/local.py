@@ -11,7 +11,7 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import attrs
 from repopool_async import _files, _mounts, _removal
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _collect, _fence, _marked, _ownership, _tree
+from repopool_async.hosts import _collect, _fence, _marked, _moves, _ownership, _tree
 from repopool_async.hosts._scripts import session_name
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
@@ -212,13 +212,24 @@ class LocalHost:
         """See `Host.remove_tree`."""
         await in_thread(_removal.remove_tree, path)
 
-    async def inspect_tree(self, root: str, *, since_ns: int | None, settled: Settled | None = None) -> TreeInspection:
+    async def inspect_tree(
+        self,
+        root: str,
+        *,
+        since_ns: int | None,
+        settled: Settled | None = None,
+        passed_over: Collection[str] = (),
+    ) -> TreeInspection:
         """See `Host.inspect_tree`."""
-        return await in_thread(_tree.inspect_tree, root, since_ns, settled)
+        return await in_thread(_tree.inspect_tree, root, since_ns, settled, passed_over)
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """See `Host.remove_entries`."""
         return await in_thread(_tree.remove_entries, root, tuple(names), trash) if names else 0
+
+    async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
+        """See `Host.move_directories`."""
+        return await in_thread(_moves.move_directories, source, target, tuple(names)) if names else ()
 
     async def file_system_clock_ns(self, directory: str) -> int:
         """See `Host.file_system_clock_ns`."""

@@ -70,6 +70,7 @@ class Remains:
         knows_changes: whether `inspection.changed` names what changed since the lease began, and not just everything.
         is_untouched: whether nothing did.
         git_config: with what git must be run to read the tree with that index.
+        kept: directories whose contents are kept anyway.
     """
 
     base: str
@@ -78,6 +79,7 @@ class Remains:
     knows_changes: bool
     is_untouched: bool
     git_config: Mapping[str, str]
+    kept: tuple[str, ...] = ()
 
 
 class WorkspaceStrategy(Protocol):
@@ -108,7 +110,15 @@ class WorkspaceStrategy(Protocol):
             GitOperationError, OSError: it could not be done.
         """
 
-    async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
+    async def restore(
+        self,
+        slot: Slot,
+        checkout: Checkout,
+        *,
+        rung: Rung,
+        trust_untouched: bool = True,
+        keeps_paths: bool = True,
+    ) -> Work:
         """Bring a tree that a lessee had to `checkout`, removing everything that is not part of it.
 
         No process of the lease runs any more. Nothing of the lessee's is executed or believed.
@@ -116,6 +126,7 @@ class WorkspaceStrategy(Protocol):
         Args:
             rung: how little to trust. trust_untouched: whether a tree in which no inode changed since the seal may be
                 taken as it is.
+            keeps_paths: whether kept directories stay; they must not where somebody may still stand in one of them.
 
         Raises:
             CleanupError: the tree is not clean afterwards; try the next rung.

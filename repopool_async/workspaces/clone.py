@@ -19,6 +19,7 @@ from repopool_async.refs import FULL_ID
 from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout, Remains, Rung, Work
 from repopool_async.workspaces.git_installer import GitInstaller
+from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.pristine_git import PristineGit
@@ -41,6 +42,7 @@ class CloneWorkspace:
         sparse: which directories are checked out; where missing, all are.
         is_isolated: give every slot objects of its own instead.
         run_as: whom trees belong to, where that is another user; nothing that user ever had is used again.
+        kept: what stays in trees between leases; nothing where missing.
     """
 
     def __init__(
@@ -54,13 +56,15 @@ class CloneWorkspace:
         sparse: Sparse | None = None,
         is_isolated: bool = False,
         run_as: RunAs | None = None,
+        kept: KeptPaths | None = None,
     ) -> None:
         own = OwnObjects(host, git, mirror) if is_isolated else None
         submodules = submodules or Submodules(host=host, git=git, mirror=mirror)
         lfs = lfs or Lfs(host=host, git=git)
         sparse = sparse or Sparse(host=host, git=git, mirror=mirror)
         manner = " ".join(filter(None, ("lfs" if lfs.is_wanted else "", sparse.manner)))
-        seals = Seals(host=host, mirror=mirror, submodules=submodules, manner=manner)
+        kept = kept or KeptPaths(host=host, git=git, mirror=mirror)
+        seals = Seals(host=host, mirror=mirror, submodules=submodules, kept=kept, manner=manner)
         pristine = PristineGit(host=host, git=git, mirror=mirror, seals=seals, lfs=lfs, sparse=sparse, own=own)
         writer = TreeWriter(
             host=host, mirror=mirror, pristine=pristine, submodules=submodules, lfs=lfs, sparse=sparse, run_as=run_as
@@ -71,11 +75,14 @@ class CloneWorkspace:
         self._lfs = lfs
         self._own = own
         self._run_as = run_as
+        self._kept = kept
         self._seals = seals
         self._pristine = pristine
         self._writer = writer
         self._settled = SettledNames(host=host, pristine=pristine, submodules=submodules)
-        self._cleaner = TreeCleaner(host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer)
+        self._cleaner = TreeCleaner(
+            host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer, kept=kept
+        )
         self._installer = GitInstaller(
             host=host,
             mirror=mirror,
@@ -108,6 +115,7 @@ class CloneWorkspace:
         except (PoolManagerError, OSError):
             await self._sweep_beside(paths)
             raise
+        await self._kept.put_back(slot, checkout.commit)
         await self._installer.install(slot, checkout)
         await self._secure(slot)
         return Work(steps=("tree made anew",))
@@ -130,22 +138,31 @@ class CloneWorkspace:
             return Work(steps=("refs renewed",), warm=True)
         await self._pristine.require_unchanged(slot)
         submodules = await self._submodules.standing(Place.of(slot))
+        moved = await self._kept.take_out(slot, seal.commit, unless_kept_by=checkout.commit)
         rewritten = await self._writer.check_out(slot, checkout, is_untouched=True)
-        await self._settled.note(slot, seal, checkout.commit, submodules, all_files=rewritten)
+        moved += await self._kept.put_back(slot, checkout.commit)
+        await self._settled.note(slot, seal, checkout.commit, submodules, all_files=rewritten, also=moved)
         await self._installer.install(slot, checkout, is_sealed=True)
         return Work(steps=("checked out",))
 
-    async def restore(self, slot: Slot, checkout: Checkout, *, rung: Rung, trust_untouched: bool = True) -> Work:
+    async def restore(
+        self,
+        slot: Slot,
+        checkout: Checkout,
+        *,
+        rung: Rung,
+        trust_untouched: bool = True,
+        keeps_paths: bool = True,
+    ) -> Work:
         """See `WorkspaceStrategy.restore`."""
-        if rung > Rung.CLEAN:
-            self._lfs.forget()
-        if rung >= Rung.REBUILD_MIRROR:
-            await self._mirror.rebuild()
-            await self._submodules.rebuild()
-            await self._require(slot, checkout)
-        if rung >= Rung.RECLONE and self._own is not None:
-            await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
+        await self._forget(slot, checkout, rung)
+        if not keeps_paths:
+            await self._kept.drop(slot)
+        await self._kept.drop_former(slot)
+        standing = await self._kept.standing(slot)
         if rung >= Rung.RECREATE_TREE or self._run_as is not None:
+            if keeps_paths:
+                await self._kept.take_out(slot, standing)
             return await self.provision(slot, checkout)
         paths = SlotPaths(slot.path)
         await self._writer.obtain(checkout.commit)  # refused or not to be had: while nothing has been touched
@@ -161,18 +178,33 @@ class CloneWorkspace:
         if self._own is not None:
             await self._own.tidy(slot)
         settled = await self._settled.of(slot)
-        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
+        kept = await self._kept.of_commit(standing)
+        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled, passed_over=kept)
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
         is_quiet = since is not None and root.ctime_ns < settled.since_ns and self._seals.is_made_as_wanted(slot.seal)
         gitfiles = (
             await self._submodules.unchanged_gitfiles(Place.of(slot), since, settled) if since and is_quiet else ()
         )
         if trust_untouched and is_quiet and is_untouched(inspection, gitfiles):
+            await self._kept.take_out(slot, standing, unless_kept_by=checkout.commit)
             work = await self._cleaner.switch_untouched(slot, checkout)
         else:
+            await self._kept.take_out(slot, standing)
             work = await self._cleaner.clean(slot, checkout, inspection)
+        await self._kept.put_back(slot, checkout.commit)
         await self._installer.install(slot, checkout)
         return work
+
+    async def _forget(self, slot: Slot, checkout: Checkout, rung: Rung) -> None:
+        """Throw away, and have anew, what a rung does not trust of all that lies outside the tree."""
+        if rung > Rung.CLEAN:
+            self._lfs.forget()
+        if rung >= Rung.REBUILD_MIRROR:
+            await self._mirror.rebuild()
+            await self._submodules.rebuild()
+            await self._require(slot, checkout)
+        if rung >= Rung.RECLONE and self._own is not None:
+            await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
 
     async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
         """See `WorkspaceStrategy.seal`."""
@@ -186,7 +218,7 @@ class CloneWorkspace:
             return [error.message]
         try:
             await self._pristine.require_unchanged(slot)
-            problems = await self._cleaner.differences(slot, tree=slot.path)
+            problems = await self._cleaner.differences(slot, tree=slot.path, commit=seal.commit)
             own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns)
             problems += [f"changed since the seal: .git/{name}" for name in own.changed]
             if self._own is not None:
@@ -204,7 +236,10 @@ class CloneWorkspace:
         problems += await self._lfs.problems(self._mirror, SlotPaths(slot.path).git)
         settled = await self._settled.of(slot)
         inspection = await self._host.inspect_tree(
-            slot.path, since_ns=await self._seals.trusted_mark(seal), settled=settled
+            slot.path,
+            since_ns=await self._seals.trusted_mark(seal),
+            settled=settled,
+            passed_over=await self._kept.of_commit(seal.commit),
         )
         problems += [f"changed since the seal: {name}" for name in inspection.changed]
         if self._run_as is None:  # otherwise all of it is another user's, and made anew at every return
@@ -232,7 +267,8 @@ class CloneWorkspace:
             raise CleanupError(f"{slot.slot_id}: nothing tells what the tree showed", slot_id=slot.slot_id)
         since = await self._seals.trusted_mark(slot.seal) if is_same_tree(root, slot.seal) else None
         settled = await self._settled.of(slot)
-        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled)
+        kept = await self._kept.of_commit(await self._kept.standing(slot))
+        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled, passed_over=kept)
         is_quiet = since is not None and root.ctime_ns < settled.since_ns
         return Remains(
             base=base,
@@ -241,6 +277,7 @@ class CloneWorkspace:
             git_config=self._pristine.config(slot),
             knows_changes=since is not None,
             is_untouched=is_quiet and is_untouched(inspection),
+            kept=kept,
         )
 
     async def discard(self, slot: Slot) -> None:

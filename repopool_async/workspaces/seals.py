@@ -15,6 +15,7 @@ from repopool_async.hosts.base import FileKind, FileStat, Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
 from repopool_async.workspaces.base import Checkout
+from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodules import Submodules
 
@@ -33,10 +34,11 @@ class Seals:
         manner: how the files of trees are written, as text without `~`; a tree that was written in another is no use.
     """
 
-    def __init__(self, *, host: Host, mirror: Mirror, submodules: Submodules, manner: str) -> None:
+    def __init__(self, *, host: Host, mirror: Mirror, submodules: Submodules, kept: KeptPaths, manner: str) -> None:
         self._host = host
         self._mirror = mirror
         self._submodules = submodules
+        self._kept = kept
         self._manner = f"{_MANNER}{manner}" if manner else ""
 
     async def make(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
@@ -59,6 +61,7 @@ class Seals:
             tree_device=root.device,
             tree_inode=root.inode,
             mirror_build=(await self._mirror.snapshot()).build,
+            kept=self._kept.names,
         )
 
     async def checked(self, slot: Slot) -> Seal:
@@ -96,7 +99,9 @@ class Seals:
 
     def is_made_as_wanted(self, seal: Seal | None) -> bool:
         """Return whether a slot was made by the options that hold now."""
-        return self.is_written_as_wanted(seal) and self._submodules.has_made(seal.refs_generation if seal else "")
+        if seal is None or seal.kept != self._kept.names:
+            return False
+        return self.is_written_as_wanted(seal) and self._submodules.has_made(seal.refs_generation)
 
     def is_written_as_wanted(self, seal: Seal | None) -> bool:
         """Return whether a tree's files were written in the manner that holds now."""

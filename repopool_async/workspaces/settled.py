@@ -4,7 +4,7 @@ A check-out before a lease does not look at the whole tree, so the slot's mark s
 beside the tree instead. How the notes are used is the host's business, when it looks at a tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from repopool_async.hosts.base import Host, Settled, WriteFile
 from repopool_async.models import Seal, Slot
@@ -23,17 +23,26 @@ class SettledNames:
         self._pristine = pristine
         self._submodules = submodules
 
-    async def note(self, slot: Slot, seal: Seal, commit: str, before: Sequence[Submodule], *, all_files: bool) -> None:
+    async def note(
+        self,
+        slot: Slot,
+        seal: Seal,
+        commit: str,
+        before: Sequence[Submodule],
+        *,
+        all_files: bool,
+        also: Iterable[str] = (),
+    ) -> None:
         """Remember which entries a check-out before a lease touched: their change times are later than the mark.
 
         Args:
             seal: of the slot as it was. before: the submodules that stood there then.
-            all_files: whether every file was written anew.
+            all_files: whether every file was written anew. also: what came or went besides.
         """
         listing = await self._pristine.run(
             slot, "diff-tree", "-r", "-z", "--name-only", "--no-renames", seal.commit, commit
         )
-        names = set(split_names(listing.stdout)) | (await self.of(slot)).names
+        names = {*split_names(listing.stdout), *also} | (await self.of(slot)).names
         names |= await self._submodules.settled_names(before, await self._submodules.plan(commit))
         if all_files:
             names.update(

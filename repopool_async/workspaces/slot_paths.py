@@ -46,6 +46,16 @@ class SlotPaths:
         return f"{self.pristine}/settled"
 
     @property
+    def kept(self) -> str:
+        """Holds the kept directories that are not in the tree, under their names there."""
+        return f"{self.directory}/kept"
+
+    @property
+    def kept_stamp(self) -> str:
+        """Says what the kept directories were set up for."""
+        return f"{self.directory}/kept.json"
+
+    @property
     def trash(self) -> str:
         """The pool's, on the same file system."""
         pool_directory = self.directory.rpartition("/slots/")[0]

@@ -12,6 +12,7 @@ from repopool_async.exceptions import CleanupError
 from repopool_async.hosts.base import Host, TreeInspection
 from repopool_async.models import Slot
 from repopool_async.workspaces.base import Checkout, Work
+from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.nul_lists import split_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
@@ -24,13 +25,21 @@ class TreeCleaner:
     """Cleans the trees of a pool's slots in place."""
 
     def __init__(
-        self, *, host: Host, pristine: PristineGit, submodules: Submodules, sparse: Sparse, writer: TreeWriter
+        self,
+        *,
+        host: Host,
+        pristine: PristineGit,
+        submodules: Submodules,
+        sparse: Sparse,
+        writer: TreeWriter,
+        kept: KeptPaths,
     ) -> None:
         self._host = host
         self._pristine = pristine
         self._submodules = submodules
         self._sparse = sparse
         self._writer = writer
+        self._kept = kept
 
     async def switch_untouched(self, slot: Slot, checkout: Checkout) -> Work:
         """Bring a tree that nobody changed since its seal to another commit.
@@ -42,14 +51,14 @@ class TreeCleaner:
         if slot.seal.commit == checkout.commit:
             return Work(steps=("untouched",), warm=True)
         await self._writer.check_out(slot, checkout, is_untouched=True)
-        await self.require_clean(slot, tree=slot.path)
+        await self.require_clean(slot, tree=slot.path, commit=checkout.commit)
         return Work(steps=("untouched", "checked out"))
 
     async def clean(self, slot: Slot, checkout: Checkout, inspection: TreeInspection) -> Work:
         """Bring a tree to `checkout`, whatever was done to it.
 
         Args:
-            inspection: what one look at the tree found.
+            inspection: what one look at the tree found, before its kept directories were taken out.
 
         Raises:
             CleanupError: it is not clean afterwards, or cannot be cleaned in place.
@@ -75,24 +84,29 @@ class TreeCleaner:
         removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
         removed += await self._submodules.remove_untracked(Place.of(slot))
         # A directory whose mode or attributes were changed is checked out anew as a whole.
-        restored = await self._host.remove_entries(slot.path, [*inspection.irregular, *inspection.changed], trash=trash)
+        suspects = [*inspection.irregular, *inspection.changed, *inspection.multiply_linked]
+        restored = await self._host.remove_entries(slot.path, tuple(dict.fromkeys(suspects)), trash=trash)
         await self._writer.check_out(slot, checkout)
         await self.require_clean(slot, tree=slot.path)
         return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
 
-    async def require_clean(self, slot: Slot, *, tree: str) -> None:
-        """Compare a tree with the pristine index.
+    async def require_clean(self, slot: Slot, *, tree: str, commit: str | None = None) -> None:
+        """Compare a tree with the pristine index; arguments as for `differences`.
 
         Raises:
             CleanupError: they differ.
         """
-        problems = await self.differences(slot, tree=tree)
+        problems = await self.differences(slot, tree=tree, commit=commit)
         if problems:
             shown = ", ".join(problems[:5])
             raise CleanupError(f"{slot.slot_id}: not clean after cleaning: {shown}", slot_id=slot.slot_id)
 
-    async def differences(self, slot: Slot, *, tree: str) -> list[str]:
-        """Return what differs between the tree and the pristine index, both ways."""
+    async def differences(self, slot: Slot, *, tree: str, commit: str | None = None) -> list[str]:
+        """Return what differs between the tree and the pristine index, both ways.
+
+        Args:
+            commit: what the tree shows, where its kept directories lie in it; they are no difference.
+        """
         found: list[str] = []
 
         async def modified() -> None:
@@ -102,10 +116,12 @@ class TreeCleaner:
             found.extend(f"modified: {name}" for name in split_names(listing.stdout))
 
         async def untracked() -> None:
-            found.extend(f"untracked: {name}" for name in await self._untracked(slot, tree=tree))
+            names = await self._kept.without(await self._untracked(slot, tree=tree), slot, commit)
+            found.extend(f"untracked: {name}" for name in names)
 
         await together(modified, untracked)
-        found += [f"untracked: {name}" for name in await self._outside(slot, tree=tree)]
+        outside = await self._kept.without(await self._outside(slot, tree=tree), slot, commit)
+        found += [f"untracked: {name}" for name in outside]
         return found + await self._submodules.differences(Place.of(slot, tree))
 
     async def _untracked(self, slot: Slot, *, tree: str) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,13 +36,18 @@ _KINDS = {
 }
 
 
-def clone_evidence(clone: Path, environment: Mapping[str, str]) -> Evidence:
-    """Return everything that can be seen of a clone."""
+def clone_evidence(clone: Path, environment: Mapping[str, str], submodules: Sequence[str] = ()) -> Evidence:
+    """Return everything that can be seen of a clone, and of the submodules that it has."""
     found = {f"tree {name}": text for name, text in _walk(clone, _describe, skip={".git"})}
     found |= {f"git {name}": text for name, text in _git_entries(clone / ".git")}
     if (clone / ".git").is_dir() and not (clone / ".git").is_symlink():
         found |= {f"logs {name}": text for name, text in _logs(clone / ".git/logs")}
         found |= {f"says {name}": text for name, text in _git_says(clone, environment)}
+        for path in submodules:
+            git_dir = clone / ".git/modules" / path
+            found |= {f"logs {path} {name}": text for name, text in _logs(git_dir / "logs")}
+            said = _git_says(clone / path, environment, git_dir)
+            found |= {f"says {path} {name}": text for name, text in said}
     return found
 
 
@@ -155,10 +160,11 @@ def _inode_flags(path: bytes) -> int:
 def _git_entries(git_dir: Path) -> Iterator[tuple[str, str]]:
     """Say what is in a git directory: names, kinds and modes of everything, and the bytes of what is small text."""
     for name, text in _walk(git_dir, _describe):
-        is_object = name.startswith("objects/") and name not in ("objects/info", "objects/pack")
+        inside = re.sub(r"^modules/.*?/objects", "objects", name)
+        is_object = inside.startswith("objects/") and inside not in ("objects/info", "objects/pack")
         if name == "lfs" or name.startswith("lfs/"):
             is_object = True  # of Git LFS, which are borrowed too
-        if is_object and name != "objects/info/alternates":
+        if is_object and inside != "objects/info/alternates":
             yield name, "an object"
         elif name in ("HEAD", "shallow", "commondir") or name.startswith("refs/"):
             yield name, text
@@ -169,7 +175,8 @@ def _git_entries(git_dir: Path) -> Iterator[tuple[str, str]]:
 def with_borrowed_objects(reference: Evidence) -> Evidence:
     """Return a fresh clone's evidence as it is when the clone has no objects of its own and borrows them."""
     kept = {name: text for name, text in reference.items() if text != "an object"}
-    return kept | {"git objects/info/alternates": reference["git config"]}
+    stores = [name for name in reference if re.search(r"^git (modules/.*/)?objects/info$", name)]
+    return kept | {f"{store}/alternates": reference["git config"] for store in stores}
 
 
 def _logs(directory: Path) -> Iterator[tuple[str, str]]:
@@ -183,7 +190,9 @@ def _logs(directory: Path) -> Iterator[tuple[str, str]]:
             )
 
 
-def _git_says(clone: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _git_says(clone: Path, environment: Mapping[str, str], git_dir: Path | None = None) -> Iterator[tuple[str, str]]:
+    git_dir = git_dir or clone / ".git"
+
     def git(*args: str) -> str:
         done = subprocess.run(
             ["git", *args], cwd=clone, env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, stdin=subprocess.DEVNULL,
@@ -202,10 +211,10 @@ def _git_says(clone: Path, environment: Mapping[str, str]) -> Iterator[tuple[str
     yield "refs", git("for-each-ref", "--format=%(refname) %(objectname) %(symref) %(upstream)")
     index = git("ls-files", "--stage", "-v", "--debug")
     yield "index", re.sub(r"^  (ctime|mtime|dev|uid|size):.*?(?=flags|$)", "", index, flags=re.MULTILINE)
-    yield "index extensions", _index_extensions(clone / ".git/index")
+    yield "index extensions", _index_extensions(git_dir / "index")
     yield "status", git("status", "--porcelain=v2", "--branch", "--ignored", "--untracked-files=all")
     yield "fsck", git("fsck", "--no-dangling", "--no-progress")
-    packed = (clone / ".git/packed-refs").read_bytes()
+    packed = (git_dir / "packed-refs").read_bytes()
     yield "packed-refs", "\n".join(str(line) for line in packed.splitlines() if not line.startswith(b"#"))
 
 

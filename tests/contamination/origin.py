@@ -52,18 +52,27 @@ _FEATURE: Entries = {
 _GONE_ON_FEATURE = ("assets/only.txt", "vendor/lib", "README.md", "src/pkg/deep/er/leaf.txt")
 
 
+SUBMODULE = "vendor/lib"
+"""Where it lies on `main`."""
+
+
 class Origin:
     """The repository at `path` (its URL too), and the one its submodule comes from.
 
     Args:
         with_lfs: whether `main` has a Git LFS file besides.
+        has_large_submodule: fill the submodule with all that the repository itself has.
     """
 
-    def __init__(self, directory: Path, *, with_lfs: bool = False) -> None:
+    def __init__(self, directory: Path, *, with_lfs: bool = False, has_large_submodule: bool = False) -> None:
         self.path = directory / "origin.git"
         self.submodule = directory / "lib.git"
         _init(self.submodule)
-        _import(self.submodule, _commit("main", {"lib.txt": (_FILE, _text("lib"))}, message="Library"))
+        library_files = {**_FIRST, **_MAIN} if has_large_submodule else {"lib.txt": (_FILE, _text("lib"))}
+        _import(self.submodule, _commit("main", library_files, message="Library"))
+        if has_large_submodule:
+            for branch in ("feature", "v1"):
+                _output(self.submodule, "branch", branch, "main")
         library = _output(self.submodule, "rev-parse", "main").encode()
         _init(self.path)
         gitlink = b"M 160000 %s vendor/lib\n" % library

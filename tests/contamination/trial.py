@@ -30,7 +30,7 @@ from tests.contamination.evidence import (
     with_borrowed_objects,
 )
 from tests.contamination.kit import NotPossibleError, Scene, wait_for
-from tests.contamination.origin import Origin
+from tests.contamination.origin import SUBMODULE, Origin
 
 POOL = "corpus"
 REFS = ("main", "feature", "v1", "commit")
@@ -41,6 +41,11 @@ _NO_EVIDENCE = frozenset({"control", "late"})
 
 _TRACES_OF_RECIPES = ("'git FETCH_HEAD'", "'git ORIG_HEAD'", "'logs ")
 """What fetching and resetting leave by themselves."""
+
+_KEPT_FILE = "inside/kept.txt"
+
+LOSING_WHAT_IS_KEPT = frozenset({"processes"})
+"""Groups of vectors that may leave somebody in the tree."""
 
 _PR_SET_DUMPABLE = 4
 _TRIAL_SECONDS = 30.0
@@ -57,6 +62,10 @@ _ENVIRONMENT = {
     "GIT_COMMITTER_EMAIL": "lessee@example.com",
     "GIT_EDITOR": "true",
 }
+
+
+Recipe = Callable[[Path, str, Mapping[str, str]], None]
+"""Makes a clone that somebody used show a ref to the next one, as well as it can."""
 
 
 @attrs.frozen
@@ -87,7 +96,9 @@ class Bench:
         self.environment = {**_ENVIRONMENT, "HOME": str(directory / "home"), "GIT_CONFIG_GLOBAL": "/dev/null"}
         for name in ("home", "references", "template"):
             (directory / name).mkdir(parents=True)
-        self.origin = Origin(directory, with_lfs=bool(options.get("lfs")))
+        self.kept: tuple[str, ...] = tuple(options.get("keep", ()))
+        self.submodules = (SUBMODULE,) if options.get("submodules") else ()
+        self.origin = Origin(directory, with_lfs=bool(options.get("lfs")), has_large_submodule=bool(self.submodules))
         if options.get("history"):
             allow = ["git", "-C", self.origin.url, "config", "uploadpack.allowFilter", "true"]
             subprocess.run(allow, check=True)
@@ -99,7 +110,7 @@ class Bench:
         if then not in self._references:
             clone = self.directory / "references" / then
             fresh_clone(self.origin, clone, then, self.environment, self.options)
-            self._references[then] = clone_evidence(clone, self.environment)
+            self._references[then] = clone_evidence(clone, self.environment, self.submodules)
         return self._references[then]
 
     def fresh_outside(self) -> Path:
@@ -124,16 +135,17 @@ class Bench:
         """Where the pool lies."""
         return self.directory / "workspaces"
 
-    async def play(self, vector: Vector, then: str, *, is_abandoned: bool = False) -> Outcome:
+    async def play(self, vector: Vector, then: str, *, is_abandoned: bool = False, is_inside: bool = False) -> Outcome:
         """Play a vector in a leased slot, and look at what the next lessee gets.
 
         Args:
             is_abandoned: whether the lease is never given back, its holder ends, and another takes the slot over.
+            is_inside: whether it is played in the submodule.
 
         Raises:
             NotPossibleError: it cannot be played here.
         """
-        trial = _Trial(self, vector, then)
+        trial = _Trial(self, vector, then, is_inside=is_inside)
         try:
             async with asyncio.timeout(_TRIAL_SECONDS):
                 async with self._manager() as manager:
@@ -174,17 +186,16 @@ class Bench:
 
     # -- against recipes -----------------------------------------------------------------------------------------
 
-    def play_recipe(self, vector: Vector, recipe: Callable[[Path, str, Mapping[str, str]], None], then: str) -> Outcome:
+    def play_recipe(self, vector: Vector, recipe: Recipe, then: str) -> Outcome:
         """Play a vector in an ordinary clone that is then cleaned by a recipe, and look at it in the same way."""
         clone = self.directory / "recipe"
         subprocess.run(["rm", "-rf", clone], check=True)
         outside = self.fresh_outside()
-        scene = self.scene(
-            clone, outside, lambda *argv, env=None: _run_plain(clone, argv, {**self.environment, **(env or {})})
-        )
+        expected = self.expected(then)
+        scene = self.scene_of_clone(clone, outside)
         if vector.before:
             vector.before(scene)
-        fresh_clone(self.origin, clone, "main", self.environment)
+        self.make_clone(clone)
         try:
             vector.play(scene)
             clear(scene.canary)
@@ -196,13 +207,31 @@ class Bench:
                 leaks.append(f"the recipe failed: {error}")
             for act in scene.late:
                 act()
-            found = _compared(self.reference(then), clone, self.environment)
+            found = _compared(expected, lambda: self.look_at_clone(clone))
             leaks += [line for line in found if not line.startswith(_TRACES_OF_RECIPES)]
             leaks += _executed(scene)
             leaks += differences(before, directory_evidence(outside, skip=_NO_EVIDENCE))
         finally:
             scene.end()
         return Outcome(vector.name, then, tuple(leaks))
+
+    def make_clone(self, clone: Path) -> None:
+        """Make what a lessee is given where there is no pool."""
+        fresh_clone(self.origin, clone, "main", self.environment)
+
+    def look_at_clone(self, clone: Path) -> Evidence:
+        """Return the evidence of what a lessee was given."""
+        return clone_evidence(clone, self.environment)
+
+    def expected(self, then: str) -> Evidence:
+        """Return what that is to be compared with."""
+        return self.reference(then)
+
+    def scene_of_clone(self, clone: Path, outside: Path) -> Scene:
+        """Return the scene for a vector where there is no pool."""
+        return self.scene(
+            clone, outside, lambda *argv, env=None: _run_plain(clone, argv, {**self.environment, **(env or {})})
+        )
 
     def _make_template(self) -> None:
         template = self.directory / "template"
@@ -220,7 +249,8 @@ class Bench:
 class _Trial:
     """One vector, from the first lease to the last look."""
 
-    def __init__(self, bench: Bench, vector: Vector, then: str) -> None:
+    def __init__(self, bench: Bench, vector: Vector, then: str, *, is_inside: bool) -> None:
+        self._is_inside = is_inside
         self.leaks: list[str] = []
         self.log: list[str] = []
         self.is_played = False
@@ -229,6 +259,7 @@ class _Trial:
         self._then = then
         self._outside = bench.fresh_outside()
         self._scene: Scene | None = None
+        self._left: list[str] = []
         self._slot_id = ""
         self._tree = Path()
         self._outside_before: Evidence = {}
@@ -241,8 +272,13 @@ class _Trial:
         slot = await manager.allocate_slot(POOL, ref="main", timeout=5)
         assert slot is not None
         self._slot_id, self._tree = slot.slot_id, slot.path
+        for name in self._bench.kept:
+            _fill(self._tree / name)
         self._scene = self._bench.scene(slot.path, self._outside, _runner(slot))
+        if self._is_inside:
+            self._scene = inside_submodule(self._scene)
         await asyncio.to_thread(self._vector.play, self._scene)
+        self._left = [name for name in self._bench.kept if _is_filled(self._tree, name)]
         clear(self._scene.canary)
         self._outside_before = directory_evidence(self._outside, skip=_NO_EVIDENCE)
         self._pool_before = pool_evidence(self._tree.parents[2])
@@ -269,18 +305,29 @@ class _Trial:
 
     async def _make_older_things(self, manager: PoolManager, before: Callable[[Scene], None]) -> None:
         async with manager.lease(POOL, ref="main") as slot:
-            before(self._bench.scene(slot.path, self._outside, _runner(slot)))
+            scene = self._bench.scene(slot.path, self._outside, _runner(slot))
+            before(inside_submodule(scene) if self._is_inside else scene)
         await manager.wait_clean()
 
     def _look_into_the_tree(self) -> None:
         assert self._scene is not None
         for act in self._scene.late:
             act()
+        self._look_for_what_is_kept()
         expected = with_borrowed_objects(self._bench.reference(self._then))
-        self.leaks += _compared(expected, self._tree, self._bench.environment)
+        bench = self._bench
+        self.leaks += _compared(expected, lambda: clone_evidence(self._tree, bench.environment, bench.submodules))
         for name in self._scene.hidden_objects:
             if self._scene.git("cat-file", "-t", name, check=False):
                 self.leaks.append(f"the object {name} can be read")
+
+    def _look_for_what_is_kept(self) -> None:
+        """What the vector left of kept directories must be there, and is taken away: all else must be as cloned."""
+        for name in self._bench.kept:
+            if _is_filled(self._tree, name):
+                shutil.rmtree(self._tree / name)
+            elif name in self._left and self._vector.group not in LOSING_WHAT_IS_KEPT:
+                self.leaks.append(f"{name} was not kept")
 
     def _look_outside(self) -> None:
         assert self._scene is not None
@@ -307,11 +354,23 @@ class _Trial:
         if not self._vector.leaves_trash and trash.exists():
             await asyncio.to_thread(wait_for, lambda: not list(trash.iterdir()), lambda: "trash remains")
         known = {"slot.json", "history.jsonl", "cleanup.jsonl", "pristine", "tree", "fence", "run"}
+        known |= {"kept"} if self._bench.kept else set()
         self.leaks += [f"beside the tree lies {name}" for name in os.listdir(self._tree.parent) if name not in known]
 
     def end(self) -> None:
         if self._scene is not None:
             self._scene.end()
+
+
+class _InnerScene(Scene):
+    @property
+    def git_dir(self) -> Path:
+        return self.tree.parents[1] / ".git/modules" / SUBMODULE
+
+
+def inside_submodule(scene: Scene) -> Scene:
+    """Return the scene for a vector that does to the submodule what it usually does to the slot."""
+    return _InnerScene(scene.tree / SUBMODULE, scene.outside, scene.origin, scene.environment, scene.run)
 
 
 def fresh_clone(
@@ -322,16 +381,31 @@ def fresh_clone(
     options = options or {}
     branch = "v1" if then == "commit" else then  # that tag stands on that commit, and shows the same
     command = ["git"]
+    recursive = ["--recurse-submodules"] if options.get("submodules") else []
+    # Submodules take their templates from there only; the directory holds none.
+    more = {"GIT_ALLOW_PROTOCOL": "file", "GIT_TEMPLATE_DIR": environment["HOME"]} if recursive else {}
     partial = ["--no-local", "--filter=blob:none"] if options.get("history") == "blobless" else []
     if options.get("lfs"):
         command += ["-c", "filter.lfs.process=git-lfs filter-process", "-c", "filter.lfs.required=true"]
-    commands = [[*command, "clone", "-q", "--template=", *partial, "--branch", branch, origin.url, str(clone)]]
+    commands = [
+        [*command, "clone", "-q", "--template=", *recursive, *partial, "--branch", branch, origin.url, str(clone)]
+    ]
     if options.get("sparse"):
         commands.append(["git", "-C", str(clone), "sparse-checkout", "set", "--cone", *options["sparse"]])
     if options.get("lfs"):
         commands.append(["git", "-C", str(clone), "lfs", "install", "--local"])
     for command in commands:
-        subprocess.run(command, env=dict(environment), check=True, capture_output=True)
+        subprocess.run(command, env={**environment, **more}, check=True, capture_output=True)
+
+
+def _fill(directory: Path) -> None:
+    (directory / _KEPT_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (directory / _KEPT_FILE).write_text("kept")
+
+
+def _is_filled(tree: Path, name: str) -> bool:
+    path = tree / name / _KEPT_FILE
+    return path.is_file() and path.resolve() == tree.resolve() / name / _KEPT_FILE
 
 
 def clear(directory: Path) -> None:
@@ -340,9 +414,9 @@ def clear(directory: Path) -> None:
         path.unlink()
 
 
-def _compared(reference: Evidence, clone: Path, environment: Mapping[str, str]) -> list[str]:
+def _compared(reference: Evidence, look: Callable[[], Evidence]) -> list[str]:
     try:
-        return differences(reference, clone_evidence(clone, environment))
+        return differences(reference, look())
     except (OSError, subprocess.SubprocessError) as error:
         return [f"it cannot be looked at: {error}"]
 

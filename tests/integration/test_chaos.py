@@ -76,7 +76,7 @@ async def test_git_that_outlives_its_dead_process_is_ended_by_whoever_takes_over
     git.chmod(0o755)
     environment = {**os.environ, "PATH": f"{git.parent}:{os.environ['PATH']}"}
     argv = [sys.executable, "-c", MAKER, str(tmp_path / "pools"), str(origin)]
-    with subprocess.Popen(argv, env=environment) as maker:  # noqa: ASYNC220 - it is killed
+    with subprocess.Popen(argv, env=environment) as maker:
         while not (tmp_path / f"at.{slow}").exists():
             assert maker.poll() is None
             await asyncio.sleep(0.01)

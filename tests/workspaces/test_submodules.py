@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ class World:
         git(repository, "fast-import", "--quiet", "--date-format=raw", input=stream.encode())
         return git(repository, "rev-parse", f"refs/heads/{branch}")
 
+    def refs(self) -> str:
+        """Say where every ref of every repository leads to, without asking git."""
+        files = [*self.directory.glob("*/HEAD"), *self.directory.glob("*/packed-refs")]
+        files += [path for path in self.directory.glob("*/refs/**/*") if path.is_file()]
+        return "\n".join(f"{path} {path.read_text()}" for path in sorted(files))
+
     def head(self, name: str, branch: str = "main") -> str:
         return git(self.path(name), "rev-parse", f"refs/heads/{branch}")
 
@@ -89,10 +96,25 @@ def module(name: str, *, path: str, url: str, **more: str) -> str:
     return f'[submodule "{escaped}"]\n{lines}'
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the worlds of this module's tests lie, one after the other: they name their own path."""
+    place = tmp_path_factory.mktemp("worlds")
+    make_world(place / "origins")
+    shutil.copytree(place / "origins", place / "template")
+    return place
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    """`top` has `vendor/lib` (relative URL) with `deep/inner` inside, and another by an absolute URL."""
-    directory = tmp_path / "origins"
+def world(place: Path) -> World:
+    """A world of one's own, see `make_world`."""
+    shutil.rmtree(place / "origins")
+    shutil.copytree(place / "template", place / "origins")
+    return World(place / "origins")
+
+
+def make_world(directory: Path) -> World:
+    """Make one: `top` has `vendor/lib` (relative URL) with `deep/inner` inside, and another by an absolute URL."""
     directory.mkdir()
     world = World(directory)
     world.make("inner", {"inner.txt": "inner\n"})
@@ -127,6 +149,34 @@ def world(tmp_path: Path) -> World:
 async def manager(tmp_path: Path) -> AsyncIterator[PoolManager]:
     async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools")) as manager:
         yield manager
+
+
+@attrs.frozen
+class Used:
+    """A world that nobody changes, and a pool of it that many tests use."""
+
+    directory: Path
+    world: World
+
+    @asynccontextmanager
+    async def manager(self) -> AsyncIterator[PoolManager]:
+        """Open the pool; whoever fails leaves none."""
+        try:
+            async with PoolManager(PoolConfig(workspaces_dir=self.directory / "pools")) as manager:
+                await make_pool(manager, self.world)
+                yield manager
+        except BaseException:
+            shutil.rmtree(self.directory / "pools")
+            raise
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Used:
+    """A used pool, whose repository has the branches `changed` and `removed`."""
+    directory = tmp_path_factory.mktemp("used")
+    world = make_world(directory / "origins")
+    make_branches(world, "changed", "removed")
+    return Used(directory, world)
 
 
 async def make_pool(manager: PoolManager, world: World, **options: Any) -> None:
@@ -180,6 +230,16 @@ def _text(path: Path, name: str) -> str:
 
 def fresh(world: World, directory: Path, *, branch: str = "main", name: str = "top") -> dict[str, str]:
     """Return what a fresh recursive clone shows, its submodules made without templates too."""
+    key = (branch, name, world.refs())
+    if key not in _FRESH:
+        _FRESH[key] = _cloned(world, directory, branch, name)
+    return _FRESH[key]
+
+
+_FRESH: dict[tuple[str, str, str], dict[str, str]] = {}
+
+
+def _cloned(world: World, directory: Path, branch: str, name: str) -> dict[str, str]:
     clone = directory / f"fresh-{branch.replace('/', '-')}"
     empty = directory / "no-templates"
     empty.mkdir(exist_ok=True)
@@ -565,11 +625,13 @@ def same_size_edit_with_its_time_restored(slot: LeasedSlot, canary: Path) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(CONTAMINATIONS))
-async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(
-    manager: PoolManager, world: World, tmp_path: Path, name: str
-) -> None:
-    make_branches(world, "changed", "removed")
-    await make_pool(manager, world)
+async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(used: Used, tmp_path: Path, name: str) -> None:
+    async with used.manager() as manager:
+        await play(manager, used.world, tmp_path, name)
+        assert await manager.check() == {}
+
+
+async def play(manager: PoolManager, world: World, tmp_path: Path, name: str) -> None:
     for then in ("main", "changed", "removed"):
         canary = tmp_path / f"canary-{then}/ran"
         outside = canary.parent / "outside"
@@ -583,7 +645,6 @@ async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(
             assert differences(fresh(world, tmp_path, branch=then), seen(slot.path)) == [], then
         assert not canary.exists()
         assert (outside / "precious").read_text() == "precious"
-    assert await manager.check() == {}
 
 
 async def test_a_slot_whose_owner_died_amid_a_change_of_submodules_is_recovered(
