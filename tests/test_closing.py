@@ -30,6 +30,22 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
+def children() -> set[str]:
+    """Return the pids of this process's children that run."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {pid for pid in pids if process_start_time(int(pid)) is not None}
+
+
+SERVERS: set[str] = set()
+"""Children that other tests of this process share, such as a database."""
+
+
+@pytest.fixture(autouse=True)
+def _servers() -> None:
+    SERVERS.clear()
+    SERVERS.update(children())
+
+
 def nothing_is_left() -> bool:
     """Whether no task, lock or child of a manager is alive in this process."""
     tasks = [task for task in asyncio.all_tasks() if task.get_name().startswith("repopool:")]
@@ -37,9 +53,7 @@ def nothing_is_left() -> bool:
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             locks += [path for path in [os.readlink(f"/proc/self/fd/{name}")] if path.endswith(".lock")]
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    alive = [pid for pid in children if process_start_time(int(pid)) is not None]
-    assert (tasks, locks, alive) == ([], [], [])
+    assert (tasks, locks, children() - SERVERS) == ([], [], set())
     return True
 
 

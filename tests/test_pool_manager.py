@@ -448,7 +448,7 @@ async def test_waiters_are_served_in_order(manager: PoolManager, origin: Path) -
 
 
 async def test_the_time_out_says_who_holds_what(manager: PoolManager, origin: Path) -> None:
-    pool = await manager.create_pool("web", str(origin))
+    pool = await manager.create_pool("web", str(origin), fetch_on_allocate=False)
     async with pool.lease(metadata={"job": "nightly"}):
         with pytest.raises(PoolTimeoutError, match="nightly") as caught:
             async with pool.lease(timeout=0.2):
