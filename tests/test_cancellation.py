@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from repopool_async import LeasedSlot, LeaseLostError, PoolConfig, PoolManager, RepoPool, SlotNotFoundError, SlotState
-from repopool_async._identity import process_start_time
 from repopool_async._process import run_process
+from tests import _children
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.endurance]
 
@@ -92,9 +92,9 @@ def open_descriptors() -> set[str]:
     return {path for path in found if path.endswith(".lock")}
 
 
-def children() -> list[int]:
-    listing = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in listing if process_start_time(int(pid)) is not None]
+@pytest.fixture(autouse=True)
+def _begin() -> None:
+    _children.begin()
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def settling(manager: PoolManager, *, slots: int | None = 2) -> Callable[[], Awa
         async with pool.lease(timeout=20) as slot:
             assert slot.branch == "main"
         await manager.wait_clean()
-        assert children() == []
+        assert _children.left() == set()
 
     return settle
 
@@ -230,7 +230,7 @@ async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) ->
                 for task in (cancelled, *others):
                     task.result()
                 assert open_descriptors() == set()
-                assert children() == []
+                assert _children.left() == set()
 
 
 async def test_fetch_that_all_its_waiters_leave(manager: PoolManager, origin: Path) -> None:
@@ -262,7 +262,7 @@ async def test_close(tmp_path: Path, origin: Path, times: int) -> None:
         was_cancelled = await run_cancelled(close, tuple(range(at, at + times)))
         assert manager.closed
         assert open_descriptors() == set()
-        assert children() == []
+        assert _children.left() == set()
     assert at > 1
     async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools")) as manager:
         await manager.recover()
@@ -283,7 +283,7 @@ async def test_open(tmp_path: Path, origin: Path) -> None:
         was_cancelled = await run_cancelled(manager.open, (at, at + 1))
         await manager.close()
         assert open_descriptors() == set()
-        assert children() == []
+        assert _children.left() == set()
     assert at > 1
     async with PoolManager(config) as manager:
         await settling(manager, slots=1)()

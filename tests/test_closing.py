@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from repopool_async import Event, LeasedSlot, ManagerClosedError, PoolConfig, PoolManager, Slot, SlotState
-from repopool_async._identity import process_start_time
+from tests import _children
 
 
 @pytest.fixture
@@ -30,20 +30,9 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-def children() -> set[str]:
-    """Return the pids of this process's children that run."""
-    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return {pid for pid in pids if process_start_time(int(pid)) is not None}
-
-
-SERVERS: set[str] = set()
-"""Children that other tests of this process share, such as a database."""
-
-
 @pytest.fixture(autouse=True)
-def _servers() -> None:
-    SERVERS.clear()
-    SERVERS.update(children())
+def _begin() -> None:
+    _children.begin()
 
 
 def nothing_is_left() -> bool:
@@ -53,7 +42,7 @@ def nothing_is_left() -> bool:
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             locks += [path for path in [os.readlink(f"/proc/self/fd/{name}")] if path.endswith(".lock")]
-    assert (tasks, locks, children() - SERVERS) == ([], [], set())
+    assert (tasks, locks, _children.left()) == ([], [], set())
     return True
 
 
