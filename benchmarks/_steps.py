@@ -23,7 +23,7 @@ _PLAIN: Final = [
     (re.compile(r"\.(new|tmp)-[0-9a-f-]+"), r".\1-*"),
     (re.compile(r"\b[0-9]{10,}-[0-9]+-[0-9a-f]+"), "*"),
     (re.compile(r"\.[0-9]+-[0-9]+\.fresh"), ".*.fresh"),
-    (re.compile(r"\b[0-9a-f]{20,}\b"), "*"),
+    (re.compile(r"\b[0-9a-f]{20,}\b(\.[0-9]+)?"), "*"),
     (re.compile(r"slot[0-9]+"), "slotN"),
     (re.compile(r"\bobjects/[0-9a-f]{2}\b"), "objects/NN"),
     (re.compile(r"\b(outgoing|pristine/git|tree/\w+)/[^ ]+"), r"\1/*"),
