@@ -6,7 +6,7 @@ moved, and where to, is decided elsewhere.
 """
 
 # Paths are text here: directory descriptors are what this module is about, and pathlib has none.
-# ruff: noqa: PTH102, PTH103, PTH104, PTH112, PTH114, PTH118, PTH120
+# ruff: noqa: PTH103, PTH112, PTH114, PTH118, PTH120
 
 import contextlib
 import errno
