@@ -9,6 +9,7 @@ Each vector does one thing to a checkout that a lessee could; it passes where th
 
 import argparse
 import asyncio
+import logging
 import os
 import shutil
 import subprocess
@@ -90,6 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=1, metavar="N")
     options = parser.parse_args()
+    logging.getLogger("repopool").addHandler(logging.NullHandler())  # what it warns of is what is done to it
     vectors = for_user(is_root=os.geteuid() == 0)[:: options.vectors]
     found = measure(vectors)
     print(table(vectors, found))

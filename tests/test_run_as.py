@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import platform
 import pwd
 import shutil
 import stat
@@ -218,6 +219,25 @@ async def test_whatever_a_lease_left_running_is_ended_marked_or_not(manager: Poo
     await manager.wait_clean()
     assert not _is_alive(pid)
     await assert_clean(manager, place)
+
+
+async def test_threads_whose_first_one_has_ended_are_ended_too(manager: PoolManager, place: Path) -> None:
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    if python is None or platform.machine() != "x86_64":
+        pytest.skip("there is no Python that every user may run, or another system call ends a thread")
+    code = (
+        "import ctypes, os, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); "
+        "print(os.getpid(), flush=True); ctypes.CDLL(None).syscall(60, 0)"
+    )
+    shed = f"cd /; setsid env -i {python} -ISc '{code}' &"
+    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    async with manager.lease("web") as slot:
+        async with slot.open_process("sh", "-c", shed) as process:
+            pid = int((await process.read()).decode())
+        threads = Path(f"/proc/{pid}/task")
+        assert len(list(threads.iterdir())) == 2
+    await manager.wait_clean()
+    assert not threads.exists() or len(list(threads.iterdir())) == 1
 
 
 def _is_alive(pid: int) -> bool:

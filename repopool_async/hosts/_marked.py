@@ -5,15 +5,12 @@ session or parent it moves to. Synchronous; for one thread hop. Where there is n
 means is not known here.
 """
 # Paths are text here: thousands of them are read, and most are gone before they are.
-# ruff: noqa: PTH115, PTH208
 
 import contextlib
 import os
-import re
 import select
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -21,6 +18,8 @@ import attrs
 
 from repopool_async._aio import Deadline
 from repopool_async._identity import process_start_time
+from repopool_async.hosts._bystanders import find_bystanders
+from repopool_async.hosts._proc import names_in, pids, read
 from repopool_async.hosts.base import EndedProcesses
 
 _KILL_SECONDS: Final = 3.0
@@ -29,9 +28,6 @@ _POLL_SECONDS: Final = 0.005
 _EXEC_SECONDS: Final = 0.2
 _KERNEL_THREAD: Final = 0x00200000
 _EXITING: Final = 0x00000004
-_TICK_SECONDS: Final = 0.02
-"""More than the clock by which the kernel tells when a process began is coarse."""
-_DELETED: Final = " (deleted)"
 
 
 def end_processes(
@@ -44,7 +40,7 @@ def end_processes(
     killed, survivors = _end_marked(_Mark(os.fsencode(mark), group), grace_seconds)
     return EndedProcesses(
         killed=tuple(sorted(killed)),
-        bystanders=tuple(_bystanders(tree, survivors, since)),
+        bystanders=tuple(find_bystanders(tree, survivors, since)),
         survivors=tuple(sorted(survivors)),
     )
 
@@ -142,7 +138,7 @@ def _find_marked(mark: _Mark) -> list[_Target]:
     """Find the processes that bear the mark, those started while we look included, this one not."""
     targets: list[_Target] = []
     seen = {os.getpid()}
-    while unseen := [pid for pid in _pids() if pid not in seen]:
+    while unseen := [pid for pid in pids() if pid not in seen]:
         seen.update(unseen)
         targets += [target for pid in unseen if (target := _marked(pid, mark)) is not None]
     return targets
@@ -168,7 +164,7 @@ def find_variable(prefix: str, last: int) -> list[_Target]:
     """Find the processes in whose environment a variable's text is a prefix and a number not above `last`."""
     start = os.fsencode(prefix)
     found = []
-    for pid in _pids():
+    for pid in pids():
         for text in _environment(pid).split(b"\0") if pid != os.getpid() else ():
             number = text.removeprefix(start)
             is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
@@ -178,9 +174,9 @@ def find_variable(prefix: str, last: int) -> list[_Target]:
 
 
 def _is_in_group(pid: int, group: int) -> bool:
-    status = _read(f"/proc/{pid}/status")
+    status = read(f"/proc/{pid}/status")
     number = str(group).encode()
-    if number not in status or b"\nState:\tZ" in status:
+    if number not in status or (b"\nState:\tZ" in status and len(names_in(f"/proc/{pid}/task")) < 2):
         return False
     lines = (line.partition(b":") for line in status.splitlines())
     return any(name in (b"Gid", b"Groups") and number in value.split() for name, _, value in lines)
@@ -217,9 +213,9 @@ def _is_in_exec(pid: int) -> bool:
 
 def _environment_of_threads(pid: int) -> bytes:
     """Return what the other threads show: where the first has ended and others go on, it shows nothing."""
-    threads = _list(f"/proc/{pid}/task")
+    threads = names_in(f"/proc/{pid}/task")
     others = (thread for thread in threads if thread != str(pid)) if len(threads) > 1 else ()
-    return next(filter(None, (_read(f"/proc/{pid}/task/{thread}/environ") for thread in others)), b"")
+    return next(filter(None, (read(f"/proc/{pid}/task/{thread}/environ") for thread in others)), b"")
 
 
 def _open_pidfd(pid: int) -> int | None:
@@ -229,124 +225,3 @@ def _open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except OSError:
         return None
-
-
-def _pids() -> Iterator[int]:
-    return (int(name) for name in _list("/proc") if name.isdecimal())
-
-
-def _list(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
-
-
-def _bystanders(tree: str, survivors: list[int], since: float | None) -> Iterator[str]:
-    root = os.path.realpath(tree)
-    place = _place(root)
-    for pid in sorted(_pids()):
-        if (
-            pid in survivors
-            or _stands_in(pid, root)
-            or _has_mounted(pid, place)
-            or (since is not None and _hides(pid, since))
-        ):
-            name = _read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
-            yield f"{pid} {name}"
-
-
-def _stands_in(pid: int, root: str) -> bool:
-    own = f"/proc/{pid}"
-    paths = (f"{own}/cwd", f"{own}/root", *(f"{own}/fd/{number}" for number in _list(f"{own}/fd")))
-    return any(_leads_into(path, root) for path in paths) or _maps_from(pid, root)
-
-
-def _maps_from(pid: int, root: str) -> bool:
-    """Return whether a process shares memory with a file below the root, which needs no open descriptor."""
-    # The kernel writes newlines, and nothing else, as three octal digits.
-    prefix = os.fsencode(root).replace(b"\n", rb"\012") + b"/"
-    maps = _read(f"/proc/{pid}/maps")
-    return prefix in maps and any(
-        fields[1][3:4] == b"s" and fields[5].startswith(prefix)
-        for line in maps.splitlines()
-        if len(fields := line.split(maxsplit=5)) > 5
-    )
-
-
-_Place = tuple[bytes, bytes]
-"""A file system's device, and a path within it; both as `mountinfo` writes them."""
-
-
-def _place(root: str) -> _Place | None:
-    """Say where a directory lies whatever it is mounted as; None where nobody can say."""
-    path = _escaped(root)
-    found, length = None, -1
-    for device, source, point in _mounts("self"):
-        prefix = point.rstrip(b"/")
-        if len(point) >= length and (path + b"/").startswith(prefix + b"/"):
-            found, length = (device, source.rstrip(b"/") + path[len(prefix) :]), len(point)
-    return found
-
-
-def _has_mounted(pid: int, place: _Place | None) -> bool:
-    """Return whether a process in a container of some kind has the place, or one below, mounted for itself."""
-    if place is None or _link(f"/proc/{pid}/ns/mnt") == _link("/proc/self/ns/mnt"):
-        return False
-    wanted_device, wanted = place
-    return any(
-        device == wanted_device and (source + b"/").startswith(wanted + b"/") for device, source, _ in _mounts(str(pid))
-    )
-
-
-def _mounts(pid: str) -> Iterator[tuple[bytes, bytes, bytes]]:
-    # id parent DEVICE ROOT POINT options ...; paths are escaped, as is what they are compared with.
-    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
-        fields = line.split(b" ", 5)
-        if len(fields) > 5:
-            yield fields[2], fields[3], fields[4]
-
-
-def _escaped(path: str) -> bytes:
-    return re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
-
-
-def _hides(pid: int, since: float) -> bool:
-    """Return whether a process of our own user, begun after `since`, lets us see nothing of what it holds."""
-    try:
-        os.listdir(f"/proc/{pid}/fd")
-    except PermissionError:
-        pass
-    except OSError:
-        return False
-    else:
-        return False
-    users = next((line.split()[1:] for line in _read(f"/proc/{pid}/status").splitlines() if line[:4] == b"Uid:"), [])
-    started = process_start_time(pid)
-    is_ours = str(os.geteuid()).encode() in users
-    return is_ours and started is not None and started / os.sysconf("SC_CLK_TCK") >= since - _TICK_SECONDS
-
-
-def _leads_into(path: str, root: str) -> bool:
-    try:
-        target = os.readlink(path)
-    except OSError:
-        return False
-    if target != root and not target.startswith(root + "/"):
-        return False
-    # What has been deleted is no longer part of the tree.
-    return not target.endswith(_DELETED) or os.path.lexists(target)

@@ -6,7 +6,7 @@ moved, and where to, is decided elsewhere.
 """
 
 # Paths are text here: directory descriptors are what this module is about, and pathlib has none.
-# ruff: noqa: PTH103, PTH118, PTH120
+# ruff: noqa: PTH103, PTH112, PTH114, PTH118, PTH120
 
 import contextlib
 import errno
@@ -25,12 +25,12 @@ _NOT_TO_BE_MOVED: Final = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV, 
 
 def move_directories(source: str, target: str, names: Iterable[str]) -> tuple[str, ...]:
     """See `Host.move_directories`."""
-    wanted = [name for name in names if os.path.lexists(os.path.join(source, name))]
-    if not wanted:
+    if os.path.islink(source) or not os.path.isdir(source):
         return ()
+    open_up(source)
     mounts = mounts_below(source)
     fresh = fresh_directory(os.path.dirname(source))
-    free = [name for name in wanted if not _holds_mount(source, name, mounts)]
+    free = [name for name in names if not _holds_mount(source, name, mounts)]
     return tuple(name for name in free if _move(source, target, name, fresh))
 
 

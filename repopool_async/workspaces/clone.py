@@ -172,6 +172,7 @@ class CloneWorkspace:
         is_trusted = rung is Rung.CLEAN and self._seals.is_written_as_wanted(slot.seal)
         since = await self._seals.trusted_mark(slot.seal) if is_trusted else None
         if since is None:
+            await self._kept.take_out(slot, standing)  # while it is known what the tree shows
             await self._pristine.renew(slot)
         else:
             await self._pristine.require_unchanged(slot)

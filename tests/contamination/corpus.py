@@ -4,6 +4,7 @@ from tests.contamination import (
     vectors_config,
     vectors_executing,
     vectors_files,
+    vectors_hidden,
     vectors_index,
     vectors_names,
     vectors_objects,
@@ -17,7 +18,7 @@ __all__ = ["VECTORS", "Vector", "for_user"]
 
 _MODULES = (
     vectors_files, vectors_names, vectors_index, vectors_operations, vectors_refs, vectors_config, vectors_executing,
-    vectors_objects, vectors_tree,
+    vectors_objects, vectors_tree, vectors_hidden,
 )  # fmt: skip
 
 

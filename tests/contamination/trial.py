@@ -44,8 +44,8 @@ _TRACES_OF_RECIPES = ("'git FETCH_HEAD'", "'git ORIG_HEAD'", "'logs ")
 
 _KEPT_FILE = "inside/kept.txt"
 
-LOSING_WHAT_IS_KEPT = frozenset({"processes"})
-"""Groups of vectors that may leave somebody in the tree."""
+LOSING_WHAT_IS_KEPT = frozenset({"processes", "immutable_directory"})
+"""Groups of vectors, and vectors, that may leave somebody in the tree, or what is kept where it cannot be moved."""
 
 _PR_SET_DUMPABLE = 4
 _TRIAL_SECONDS = 30.0
@@ -325,8 +325,9 @@ class _Trial:
         """What the vector left of kept directories must be there, and is taken away: all else must be as cloned."""
         for name in self._bench.kept:
             if _is_filled(self._tree, name):
+                subprocess.run(["chmod", "-R", "u+rwx", self._tree / name], check=True)
                 shutil.rmtree(self._tree / name)
-            elif name in self._left and self._vector.group not in LOSING_WHAT_IS_KEPT:
+            elif name in self._left and not {self._vector.group, self._vector.name} & LOSING_WHAT_IS_KEPT:
                 self.leaks.append(f"{name} was not kept")
 
     def _look_outside(self) -> None:
@@ -405,7 +406,13 @@ def _fill(directory: Path) -> None:
 
 def _is_filled(tree: Path, name: str) -> bool:
     path = tree / name / _KEPT_FILE
-    return path.is_file() and path.resolve() == tree.resolve() / name / _KEPT_FILE
+    try:
+        path.lstat()
+    except PermissionError:
+        return True  # to be opened up, not to be lost
+    except OSError:
+        return False
+    return not tree.is_symlink() and path.resolve() == tree.resolve() / name / _KEPT_FILE
 
 
 def clear(directory: Path) -> None:
