@@ -79,7 +79,7 @@ class CloneWorkspace:
         self._seals = seals
         self._pristine = pristine
         self._writer = writer
-        self._settled = SettledNames(host=host, pristine=pristine, submodules=submodules)
+        self._settled = SettledNames(host=host, submodules=submodules)
         self._cleaner = TreeCleaner(
             host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer, kept=kept
         )
@@ -139,9 +139,9 @@ class CloneWorkspace:
         await self._pristine.require_unchanged(slot)
         submodules = await self._submodules.standing(Place.of(slot))
         moved = await self._kept.take_out(slot, seal.commit, unless_kept_by=checkout.commit)
-        rewritten = await self._writer.check_out(slot, checkout, is_untouched=True)
+        written = await self._writer.switch(slot, seal.commit, checkout)
         moved += await self._kept.put_back(slot, checkout.commit)
-        await self._settled.note(slot, seal, checkout.commit, submodules, all_files=rewritten, also=moved)
+        await self._settled.note(slot, {*written, *moved}, before=submodules, commit=checkout.commit)
         await self._installer.install(slot, checkout, is_sealed=True)
         return Work(steps=("checked out",))
 

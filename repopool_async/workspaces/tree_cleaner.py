@@ -50,7 +50,7 @@ class TreeCleaner:
         assert slot.seal is not None
         if slot.seal.commit == checkout.commit:
             return Work(steps=("untouched",), warm=True)
-        await self._writer.check_out(slot, checkout, is_untouched=True)
+        await self._writer.switch(slot, slot.seal.commit, checkout)
         await self.require_clean(slot, tree=slot.path, commit=checkout.commit)
         return Work(steps=("untouched", "checked out"))
 
