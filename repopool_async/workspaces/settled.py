@@ -21,6 +21,10 @@ class SettledNames:
         self._host = host
         self._submodules = submodules
 
+    async def note_cleaned(self, slot: Slot, touched: Collection[str]) -> None:
+        """Remember which entries a cleaning touched after its mark; what was noted before is of an older mark."""
+        await self._write(slot, set(touched))
+
     async def note(self, slot: Slot, written: Collection[str], *, before: Sequence[Submodule], commit: str) -> None:
         """Remember which entries a check-out before a lease touched: their change times are later than the mark.
 
@@ -29,6 +33,9 @@ class SettledNames:
         """
         names = {*written, *(await self.of(slot)).names}
         names |= await self._submodules.settled_names(before, await self._submodules.plan(commit))
+        await self._write(slot, names)
+
+    async def _write(self, slot: Slot, names: set[str]) -> None:
         for name in list(names):
             while name := name.rpartition("/")[0]:
                 names.add(name)

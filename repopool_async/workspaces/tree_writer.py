@@ -139,6 +139,13 @@ class TreeWriter:
         await self._arrive(slot, commit, slot.path, unchanged=kept)
         return names
 
+    async def write_files(self, slot: Slot, names: Collection[str]) -> None:
+        """Write files of the commit that a tree shows, replacing what lies there."""
+        if names:
+            await self._pristine.run(
+                slot, "checkout-index", "-z", "--stdin", "-f", "-u", tree=slot.path, input=join_names(sorted(names))
+            )
+
     async def _leave(self, slot: Slot, commit: str) -> None:
         """Let the pristine git directory stand nowhere until all is done, so that who comes next is not mistaken."""
         git = SlotPaths(slot.path).git
