@@ -41,7 +41,8 @@ _log: Final = logging.getLogger("repopool")
 MIRROR_LOCKS: Final = "mirror-"
 """How the names of mirrors' locks begin; who takes one after a dead holder puts right what that left."""
 
-_COLLECT_SECONDS: Final = 0.025
+_FOREIGN_REFS: Final = 1000
+"""From how many refs besides branches and tags on, a fetch, which does not ask for them, is cheaper than a look."""
 _REBUILD_PAUSE_SECONDS: Final = 60.0
 """How soon a fetch that finds damage may clone anew again: what the remote itself is missing no clone mends."""
 _LONG_AGO: Final = -1e15
@@ -107,6 +108,7 @@ class Mirror:
         self._snapshot: RefsSnapshot | None = None
         self._snapshot_stamp: tuple[int, int] | None = None
         self._built_at = _LONG_AGO
+        self._asks_first = True
         self.fetch_count = 0
         self._lock_id = lock_id or f"{MIRROR_LOCKS}{repo_name}"
         self._submodules: dict[tuple[str, bool], Mirror] = {}
@@ -344,7 +346,6 @@ class Mirror:
     # -- fetching ------------------------------------------------------------------------------------------------
 
     async def _fly(self, flight: _Flight) -> None:
-        await asyncio.sleep(_COLLECT_SECONDS)
         async with self._turn:
             flight.is_joinable = False
             async with self._alone():
@@ -376,6 +377,9 @@ class Mirror:
     async def _fetch_now(self, state: MirrorState) -> None:
         spawned = boottime()
         self.fetch_count += 1
+        if await self._has_all(state):
+            await self._snapshots.confirm(state, spawned=spawned)
+            return
         with_head = state.head is not None
         try:
             await together(
@@ -384,6 +388,19 @@ class Mirror:
             await self._snapshots.take(self.path, spawned=spawned, known=state)
         except _DAMAGE as error:
             await self._build_after(error)
+
+    async def _has_all(self, state: MirrorState) -> bool:
+        """Return whether the remotes have nothing that is not here, as far as it is cheaper to ask than to fetch."""
+        if not self._asks_first:
+            return False
+        answers = await self._git.advertised()
+        if answers is None:
+            return False
+        self._asks_first = all(answer.foreign_refs < _FOREIGN_REFS for answer in answers.values())
+        return all(
+            state.advertised.get(name) == answer.fingerprint(branches_only=name != "origin")
+            for name, answer in answers.items()
+        )
 
     async def _build_after(self, error: GitOperationError) -> None:
         """Clone anew because of damage, unless that has been done just now and so cannot be what helps."""
@@ -409,7 +426,7 @@ class Mirror:
         if state is None:
             async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
                 state = await self._snapshots.state() or await self._mend()
-        snapshot = await self._snapshots.read(state)
+        snapshot = await self._snapshots.read(state, known=self._snapshot)
         if snapshot is not None:
             return snapshot
         forgotten = attrs.evolve(state, generation="")

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from repopool_async._aio import together
 from repopool_async._git import WORK_MARK, GitRunner, with_config
-from repopool_async.exceptions import EmptyRepositoryError, GitRefMissingError
+from repopool_async.exceptions import EmptyRepositoryError, GitOperationError, GitRefMissingError
 from repopool_async.mirror_repair import find_damage
 from repopool_async.models import GitResult
-from repopool_async.refs import REMOTE_HEAD
+from repopool_async.refs import REMOTE_HEAD, Advertised
 
 _HEADS: Final = "+refs/heads/*:refs/heads/*"
 _TAGS: Final = "+refs/tags/*:refs/tags/*"
@@ -155,6 +155,26 @@ class MirrorGit:
             await self.run("repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index")
         elif packs > _MANY_PACKS:
             await self._promising.run("repack", "-a", "-d", "-k", "-q", "--no-write-bitmap-index", git_dir=self.path)
+
+    async def advertised(self) -> dict[str, Advertised] | None:
+        """Ask all remotes what they have, by name; None where one does not answer, which a fetch shall explain."""
+        answers: dict[str, Advertised] = {}
+
+        def asking(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
+            async def ask() -> None:
+                listing = await self.runner.run(
+                    "ls-remote", "--symref", "--end-of-options", name, git_dir=self.path, repo_name=self.repo_name
+                )
+                answers[name] = Advertised.parsed(listing.stdout.decode(errors="surrogateescape"))
+
+            return ask
+
+        try:
+            await self._know_remotes(self.path)
+            await together(*(asking(name) for name in ("origin", *self.remotes)))
+        except GitOperationError:
+            return None
+        return answers
 
     async def fetch_origin(self, *, with_head: bool) -> None:
         """Fetch the branches, the tags and, `with_head`, what the remote's HEAD is."""

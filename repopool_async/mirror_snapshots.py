@@ -16,7 +16,7 @@ import attrs
 from repopool_async._identity import boot_id
 from repopool_async.hosts.base import FileStat, Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.mirror_git import MirrorGit
-from repopool_async.refs import REMOTE_HEAD, RefsSnapshot, packed_refs, parse_packed_refs
+from repopool_async.refs import REMOTE_HEAD, Advertised, RefsSnapshot, packed_refs, parse_packed_refs
 
 _SNAPSHOT_LIMIT: Final = 512 * 1024 * 1024
 _SNAPSHOTS_KEPT: Final = 8
@@ -28,6 +28,7 @@ class MirrorState:
 
     Attributes:
         build: names this mirror; one that was made anew, or whose state was, has another.
+        advertised: fingerprints of what the remotes had, by name.
     """
 
     generation: str
@@ -37,6 +38,7 @@ class MirrorState:
     boot_id: str
     spawned_boottime: float
     build: str = ""
+    advertised: Mapping[str, str] = attrs.field(factory=dict)
 
 
 class MirrorSnapshots:
@@ -46,6 +48,7 @@ class MirrorSnapshots:
         self._host = host
         self._git = git
         self._path = git.path
+        self._read: FileStat | None = None
 
     async def stat(self) -> FileStat | None:
         """Return what the state's file is; None where there is no mirror, or a damaged one."""
@@ -64,9 +67,17 @@ class MirrorSnapshots:
         except (ValueError, TypeError):
             return None
 
-    async def read(self, state: MirrorState) -> RefsSnapshot | None:
-        """Return the refs that a state tells of; None where they are not what was written."""
+    async def read(self, state: MirrorState, *, known: RefsSnapshot | None = None) -> RefsSnapshot | None:
+        """Return the refs that a state tells of; None where they are not what was written.
+
+        Args:
+            known: what was read last, which is returned where it is still that.
+        """
         path = f"{self._path}/repopool/refs-{state.generation}"
+        stat = await self._host.stat(path)
+        if known is not None and stat == self._read and _is_of(known, state):
+            return known
+        self._read = stat
         data = await self._host.read_bytes(path, limit=_SNAPSHOT_LIMIT)
         if data is None or _generation(data) != state.generation:
             return None
@@ -98,16 +109,35 @@ class MirrorSnapshots:
         default_branch, head = await self._find_head(directory, refs, known)
         object_format = known.object_format if known else await self._object_format(directory)
         build = known.build if known else secrets.token_hex(8)
-        state = MirrorState(generation, default_branch, head, object_format, boot_id(), spawned, build)
+        advertised = self._advertised(refs, head, default_branch)
+        state = MirrorState(generation, default_branch, head, object_format, boot_id(), spawned, build, advertised)
         own = f"{directory}/repopool"
         steps: list[MakeDirectory | WriteFile] = [MakeDirectory(own)]
         if known is None or known.generation != generation:
             steps.append(WriteFile(f"{own}/refs-{generation}", packed.encode(errors="surrogateescape"), 0o666))
-        steps.append(WriteFile(f"{own}/state.json", json.dumps(attrs.asdict(state)).encode()))
+        steps.append(self._written(state, own))
         await self._host.apply(steps)
         if known is not None and known.generation != generation:
             await self._git.run("pack-refs", "--all", git_dir=directory)
             await self._drop_old_snapshots(own, keep=generation)
+
+    async def confirm(self, state: MirrorState, *, spawned: float) -> None:
+        """Write down that the remotes have nothing new; `spawned` as for `take`."""
+        state = attrs.evolve(state, boot_id=boot_id(), spawned_boottime=spawned)
+        await self._host.apply([self._written(state, f"{self._path}/repopool")])
+
+    def _written(self, state: MirrorState, own: str) -> WriteFile:
+        return WriteFile(f"{own}/state.json", json.dumps(attrs.asdict(state)).encode())
+
+    def _advertised(self, refs: Mapping[str, str], head: str | None, default_branch: str | None) -> dict[str, str]:
+        """Return the fingerprints that the remotes would have if they had just what is here."""
+        found = {"origin": Advertised(refs, head, default_branch).fingerprint(branches_only=False)}
+        for name in self._git.remotes:
+            prefix = f"refs/remotes/{name}/"
+            heads = {ref.removeprefix(prefix): commit for ref, commit in refs.items() if ref.startswith(prefix)}
+            has = Advertised({f"refs/heads/{ref}": heads[ref] for ref in heads}, None, None)
+            found[name] = has.fingerprint(branches_only=True)
+        return found
 
     async def _peel_nested_tags(self, listing: str, directory: str) -> str:
         """Replace what a tag of a tag points to by what it means in the end; git before 2.45 peels once."""
@@ -162,6 +192,11 @@ class MirrorSnapshots:
             return [f"repopool/{name}: {error.strerror}"]
         is_right = data is not None and _generation(data) == state.generation
         return [] if is_right else [f"repopool/{name} is not what was written"]
+
+
+def _is_of(snapshot: RefsSnapshot, state: MirrorState) -> bool:
+    seen = (snapshot.generation, snapshot.build, snapshot.default_branch, snapshot.head, snapshot.object_format)
+    return seen == (state.generation, state.build, state.default_branch, state.head, state.object_format)
 
 
 def _generation(packed: bytes) -> str:

@@ -4,9 +4,10 @@ A snapshot is also the text of a slot's `packed-refs`: the origin's branches as 
 remote-tracking refs of further remotes.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Self
 
 import attrs
 
@@ -76,6 +77,44 @@ def parse_packed_refs(text: str) -> tuple[dict[str, str], dict[str, str]]:
             last_tag = ref.removeprefix("refs/tags/")
             tags[last_tag] = name
     return branches, tags
+
+
+@attrs.frozen
+class Advertised:
+    """What a remote says it has.
+
+    Attributes:
+        refs: full name to object, tags not peeled. head: what its HEAD is. default_branch: where its HEAD points.
+    """
+
+    refs: Mapping[str, str]
+    head: str | None
+    default_branch: str | None
+
+    @classmethod
+    def parsed(cls, listing: str) -> Self:
+        """Read what `git ls-remote --symref` printed."""
+        lines = [line.partition("\t") for line in listing.splitlines() if not line.endswith("^{}")]
+        names = {name: value for value, _, name in lines if not value.startswith("ref: ")}
+        pointer = re.search(r"^ref: refs/heads/(\S+)\tHEAD$", listing, re.MULTILINE)
+        refs = {name: value for name, value in names.items() if name.startswith("refs/")}
+        return cls(refs=refs, head=names.get("HEAD"), default_branch=pointer[1] if pointer else None)
+
+    @property
+    def foreign_refs(self) -> int:
+        """How many refs are neither branches nor tags."""
+        return sum(not name.startswith(("refs/heads/", "refs/tags/")) for name in self.refs)
+
+    def fingerprint(self, *, branches_only: bool) -> str:
+        """Return a digest of what a fetch brings: equal where there is nothing to fetch.
+
+        Args:
+            branches_only: whether tags and HEAD are not fetched.
+        """
+        fetched = ("refs/heads/",) if branches_only else ("refs/heads/", "refs/tags/")
+        lines = [f"{name} {self.refs[name]}" for name in sorted(self.refs) if name.startswith(fetched)]
+        text = "\n".join(lines if branches_only else [*lines, f"HEAD {self.head} {self.default_branch}"])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:20]
 
 
 def look_up(ref: str, snapshot: RefsSnapshot) -> ResolvedRef | None:

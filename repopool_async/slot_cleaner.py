@@ -381,7 +381,7 @@ class SlotCleaner:
         return Rung.RECREATE_TREE, False
 
     async def _sealed(self, log: "_Log", slot: Slot, checkout: Checkout, work: Work) -> CleanupResult:
-        seal = await self._strategy(slot).seal(slot, checkout)
+        seal = await self._strategy(slot).seal(slot, checkout, since=work.since)
         return await self._logged(log.result(checkout, work, seal))
 
     async def _check(self, log: "_Log", slot: Slot) -> None:

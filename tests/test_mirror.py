@@ -18,7 +18,9 @@ def git(path: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(path), *args], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def make_mirror(tmp_path: Path, url: Path, *, trace: Path | None = None) -> Mirror:
+def make_mirror(
+    tmp_path: Path, url: Path, *, trace: Path | None = None, remotes: Mapping[str, str] | None = None
+) -> Mirror:
     host = LocalHost()
     environment = base_environment(extra={"GIT_TRACE": str(trace)} if trace else None)
     return Mirror(
@@ -28,6 +30,7 @@ def make_mirror(tmp_path: Path, url: Path, *, trace: Path | None = None) -> Mirr
         git=GitRunner(host, environment=environment),
         locks=LockManager(tmp_path / "locks"),
         repo_name="pool",
+        remotes=remotes,
     )
 
 
@@ -41,7 +44,7 @@ async def mirror(tmp_path: Path, origin: Path) -> AsyncIterator[Mirror]:
 
 def packs_sent(trace: Path) -> int:
     """Count the processes that packed objects for a fetch."""
-    return sum("run_command: " in line and "upload-pack" in line for line in trace.read_text().splitlines())
+    return sum("run_command: " in line and "pack-objects" in line for line in trace.read_text().splitlines())
 
 
 async def test_a_hundred_requests_at_once_cause_one_fetch(
@@ -58,6 +61,55 @@ async def test_a_hundred_requests_at_once_cause_one_fetch(
     assert mirror.fetch_count == 1
     assert packs_sent(trace) == 1
     assert (await mirror.resolve("main")).commit == commit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("update-ref", "refs/heads/new", "main"),
+        ("update-ref", "-d", "refs/heads/feature/x"),
+        ("tag", "another", "main"),
+        ("tag", "-f", "-a", "-m", "again", "v1.0", "main"),
+        ("symbolic-ref", "HEAD", "refs/heads/feature/x"),
+    ],
+)
+async def test_whatever_the_remote_changes_is_fetched_and_nothing_is_where_it_changed_nothing(
+    tmp_path: Path, origin: Path, change: tuple[str, ...]
+) -> None:
+    trace = tmp_path / "trace"
+    mirror = make_mirror(tmp_path, origin, trace=trace)
+    await mirror.ensure()
+    await mirror.fetch()
+    trace.write_text("")
+
+    await mirror.fetch()
+    unchanged = trace.read_text()
+    git(origin, *change)
+    await mirror.fetch()
+    snapshot = await mirror.snapshot()
+
+    assert "built-in: git ls-remote" in unchanged
+    assert "built-in: git fetch" not in unchanged
+    assert "built-in: git fetch" in trace.read_text()
+    assert snapshot.branches.keys() == set(git(origin, "branch", "--format=%(refname:short)").split())
+    assert snapshot.tags == {name: git(origin, "rev-parse", f"{name}^{{}}") for name in git(origin, "tag").split()}
+    assert snapshot.default_branch == git(origin, "symbolic-ref", "--short", "HEAD")
+    await mirror.aclose()
+
+
+async def test_another_remotes_new_branch_is_fetched_too(tmp_path: Path, origin: Path, make_commit: MakeCommit) -> None:
+    fork = tmp_path / "fork"
+    git(tmp_path, "clone", "-q", "--bare", str(origin), str(fork))
+    mirror = make_mirror(tmp_path, origin, remotes={"fork": str(fork)})
+    await mirror.ensure()
+    await mirror.fetch()
+    commit = git(fork, "rev-parse", "main")
+
+    git(fork, "update-ref", "refs/heads/theirs", commit)
+    await mirror.fetch()
+
+    assert git(Path(mirror.path), "rev-parse", "refs/remotes/fork/theirs") == commit
+    await mirror.aclose()
 
 
 async def test_who_asks_after_the_spawn_joins_the_next_fetch(

@@ -41,6 +41,7 @@ from repopool_async.hosts.base import (
     EndedProcesses,
     FileStat,
     FileStep,
+    Known,
     Settled,
     TreeInspection,
     Wanted,
@@ -107,14 +108,19 @@ class RemoteFiles:
         since_ns: int | None,
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
+        known: Known | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared, nothing is passed over."""
-        if passed_over:
+        if passed_over or known is not None:
             raise _not_there(root)
         fresh = f"{root.rpartition('/')[0]}/.repopool-{uuid.uuid4().hex}"
         exact = await self._is_exact()
         answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh), "inspection")
         return read_inspection(answer, root, fresh, since_ns=since_ns, settled=settled, is_exact=exact)
+
+    async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:  # noqa: ARG002
+        """See `Host.find_unknown`; only asked of it where `can_tell_unknown`."""
+        raise _not_there(root)
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """See `Host.remove_entries`."""
@@ -249,7 +255,9 @@ def _ending(place: Place, hidden: bytes, tools: Tools) -> bytes:
 
 
 def _not_there(path: str) -> OSError:
-    return OSError(errno.ENOTSUP, "paths cannot be kept on a host over SSH", path)
+    return OSError(
+        errno.ENOTSUP, "a host over SSH passes over nothing in a tree, and is not told what belongs there", path
+    )
 
 
 def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:

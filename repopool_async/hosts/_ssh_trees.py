@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from repopool_async._mounts import parse_mounts
 from repopool_async.hosts._scripts import Answer, mount_name, os_error
@@ -124,9 +124,8 @@ class _Reader:
         directories = self._found["changed_directories"]
         candidates = [*(["."] if self._has_root_changed or irregular else []), *directories]
         odd = [name for name in candidates if irregular is None or irregular.is_odd(name)]
-        return TreeInspection(
-            entries=self._entries, irregular=tuple(odd), **{name: tuple(found) for name, found in self._found.items()}
-        )
+        lists: dict[str, Any] = {name: tuple(found) for name, found in self._found.items()}
+        return TreeInspection(entries=self._entries, irregular=tuple(odd), **lists)
 
     def _note(self, record: str) -> None:
         kind, _, rest = record.partition(" ")

@@ -5,10 +5,10 @@ absolute, POSIX, on the host, and carry undecodable bytes as surrogates (`os.fsd
 thread hop here and one round trip on a remote host. The host knows nothing of leases, mirrors or git.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import attrs
 
@@ -158,6 +158,52 @@ class Settled:
 
 
 @attrs.frozen
+class Known:
+    """What belongs in a tree, by name: nothing else does.
+
+    Attributes:
+        files: by directory (`""`: the root); links count as files. directories: likewise.
+    """
+
+    files: Mapping[str, frozenset[str]]
+    directories: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Self:
+        """Return it for a tree of these files and the directories they lie in."""
+        files: dict[str, set[str]] = {"": set()}
+        directories: dict[str, set[str]] = {"": set()}
+        for name in names:
+            parent, _, last = name.rpartition("/")
+            files.setdefault(parent, set()).add(last)
+        for name in list(files):
+            below = name
+            while below:
+                parent, _, last = below.rpartition("/")
+                files.setdefault(parent, set())
+                directories.setdefault(parent, set()).add(last)
+                below = parent
+        return cls(
+            {name: frozenset(inside) for name, inside in files.items()},
+            {name: frozenset(directories.get(name, ())) for name in files},
+        )
+
+    @property
+    def file_count(self) -> int:
+        """How many files there are in all."""
+        return sum(len(names) for names in self.files.values())
+
+    def has_directory(self, name: str) -> bool:
+        """Return whether a directory belongs there."""
+        return name in self.files
+
+    def has_file(self, name: str) -> bool:
+        """Return whether a file or link belongs there."""
+        directory, _, last = name.rpartition("/")
+        return last in self.files.get(directory, ())
+
+
+@attrs.frozen
 class TreeInspection:
     """What one pass over a tree found; names are relative to its root, `/` between parts.
 
@@ -172,6 +218,9 @@ class TreeInspection:
         mounts: what something is mounted on, never descended into.
         irregular: changed directories, and the root as `.`, that are not as a new directory beside the root would be:
             mode, owner, extended attributes, access lists, flags.
+        unknown: what does not belong there, whenever it came; directories among it are not descended into, and what is
+            in them is reported nowhere else, but for mounts.
+        is_complete: whether all files that belong there are there.
     """
 
     entries: int
@@ -183,6 +232,8 @@ class TreeInspection:
     unlocked: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
     irregular: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    is_complete: bool = True
 
 
 @attrs.frozen
@@ -287,6 +338,10 @@ class Host(Protocol):
     def id(self) -> str:
         """The host's name in records."""
 
+    @property
+    def can_tell_unknown(self) -> bool:
+        """Whether it can be told what belongs in a tree, to say what does not."""
+
     async def run(
         self,
         argv: Sequence[str],
@@ -386,6 +441,7 @@ class Host(Protocol):
         since_ns: int | None,
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
+        known: Known | None = None,
     ) -> TreeInspection:
         """Look at every inode of a tree once and make its directories accessible to their owner.
 
@@ -397,10 +453,14 @@ class Host(Protocol):
             passed_over: names of directories that are not entered and never count as changed; `irregular` and `mounts`
                 are reported of them too, whenever they came to be so. What has such a name and is no directory is
                 treated as any other.
+            known: what belongs there; everything where missing. Not together with `passed_over`.
 
         Raises:
             NotADirectoryError: the root is no directory, or a link.
         """
+
+    async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:
+        """Return what lies in some of a tree's directories (`""`: the root itself) and does not belong there."""
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """Remove entries of a tree by name: files and links unlinked, directories renamed into `trash`.

@@ -20,7 +20,7 @@ import attrs
 from repopool_async import _files, _mounts, _removal
 from repopool_async._aio import Deadline, in_thread
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _collect, _fence, _marked, _moves, _ownership, _tree
+from repopool_async.hosts import _collect, _fence, _marked, _moves, _ownership, _survey, _tree
 from repopool_async.hosts._scripts import session_name
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
@@ -36,6 +36,7 @@ from repopool_async.hosts.base import (
     GiveTree,
     Guard,
     HostProcess,
+    Known,
     MakeDirectory,
     OutputCallback,
     RemoveFile,
@@ -84,6 +85,11 @@ class LocalHost:
     def id(self) -> str:
         """The host's name in records."""
         return self._id
+
+    @property
+    def can_tell_unknown(self) -> bool:
+        """See `Host.can_tell_unknown`."""
+        return True
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -219,9 +225,18 @@ class LocalHost:
         since_ns: int | None,
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
+        known: Known | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`."""
-        return await in_thread(_tree.inspect_tree, root, since_ns, settled, passed_over)
+        if since_ns is not None and known is not None and known.file_count >= _survey.MANY_FILES:
+            surveyed = await _survey.inspect_tree(root, since_ns, settled, known)
+            if surveyed is not None:
+                return surveyed
+        return await in_thread(_tree.inspect_tree, root, since_ns, settled, passed_over, known)
+
+    async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:
+        """See `Host.find_unknown`."""
+        return await in_thread(_tree.find_unknown, root, tuple(directories), known)
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """See `Host.remove_entries`."""

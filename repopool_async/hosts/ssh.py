@@ -112,6 +112,11 @@ class SshHost(RemoteFiles, RemoteFence):
         return self._id
 
     @property
+    def can_tell_unknown(self) -> bool:
+        """See `Host.can_tell_unknown`."""
+        return False
+
+    @property
     def exec_count(self) -> int:
         """How often something has been executed on the host: a round trip or two each."""
         return self._shell.exec_count

@@ -45,18 +45,32 @@ class Checkout:
 
 
 @attrs.frozen
+class Mark:
+    """A moment on the file system's own clock.
+
+    Attributes:
+        ns: of that clock. clock_offset_ns: wall clock minus boot clock then; see `Seal`.
+    """
+
+    ns: int
+    clock_offset_ns: int
+
+
+@attrs.frozen
 class Work:
     """What a strategy did.
 
     Attributes:
         steps: in order, for the clean-up log. removed: untracked entries that went. restored: tracked files rewritten.
         warm: whether the tree stood there already.
+        since: from when on changes count, what was done itself being noted elsewhere; None: from the seal on.
     """
 
     steps: tuple[str, ...] = ()
     removed: int = 0
     restored: int = 0
     warm: bool = False
+    since: Mark | None = None
 
 
 @attrs.frozen
@@ -134,12 +148,14 @@ class WorkspaceStrategy(Protocol):
             GitOperationError, OSError: try the next rung.
         """
 
-    async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+    async def seal(
+        self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False, since: Mark | None = None
+    ) -> Seal:
         """Return the record that the tree is clean now.
 
         Args:
             keeps_mark: keep counting changes from the previous seal on (after `prepare`, which did not look at the
-                whole tree).
+                whole tree). since: count changes from then on, see `Work.since`.
         """
 
     async def verify(self, slot: Slot) -> Sequence[str]:

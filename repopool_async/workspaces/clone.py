@@ -10,14 +10,16 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
+import attrs
+
 from repopool_async._git import GitRunner
 from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError, PoolManagerError
-from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, RemoveFile, Rename
+from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, RemoveFile, Rename, TreeInspection
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
 from repopool_async.refs import FULL_ID
 from repopool_async.run_as import RunAs
-from repopool_async.workspaces.base import Checkout, Remains, Rung, Work
+from repopool_async.workspaces.base import Checkout, Mark, Remains, Rung, Work
 from repopool_async.workspaces.git_installer import GitInstaller
 from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.lfs import Lfs
@@ -28,7 +30,8 @@ from repopool_async.workspaces.settled import SettledNames
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
 from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
-from repopool_async.workspaces.tree_cleaner import TreeCleaner, is_untouched
+from repopool_async.workspaces.tracked_names import Tracked, TrackedNames
+from repopool_async.workspaces.tree_cleaner import TreeCleaner, is_ordinary, is_untouched
 from repopool_async.workspaces.tree_writer import TreeWriter
 
 
@@ -79,7 +82,8 @@ class CloneWorkspace:
         self._seals = seals
         self._pristine = pristine
         self._writer = writer
-        self._settled = SettledNames(host=host, pristine=pristine, submodules=submodules)
+        self._tracked = TrackedNames(host=host, pristine=pristine)
+        self._settled = SettledNames(host=host, submodules=submodules)
         self._cleaner = TreeCleaner(
             host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer, kept=kept
         )
@@ -139,9 +143,9 @@ class CloneWorkspace:
         await self._pristine.require_unchanged(slot)
         submodules = await self._submodules.standing(Place.of(slot))
         moved = await self._kept.take_out(slot, seal.commit, unless_kept_by=checkout.commit)
-        rewritten = await self._writer.check_out(slot, checkout, is_untouched=True)
+        written = await self._writer.switch(slot, seal.commit, checkout)
         moved += await self._kept.put_back(slot, checkout.commit)
-        await self._settled.note(slot, seal, checkout.commit, submodules, all_files=rewritten, also=moved)
+        await self._settled.note(slot, {*written, *moved}, before=submodules, commit=checkout.commit)
         await self._installer.install(slot, checkout, is_sealed=True)
         return Work(steps=("checked out",))
 
@@ -180,7 +184,16 @@ class CloneWorkspace:
             await self._own.tidy(slot)
         settled = await self._settled.of(slot)
         kept = await self._kept.of_commit(standing)
-        inspection = await self._host.inspect_tree(slot.path, since_ns=since, settled=settled, passed_over=kept)
+        can_be_told = self._host.can_tell_unknown and since is not None and trust_untouched and not self._kept.names
+        tracked = await self._tracked.of(slot) if can_be_told else None
+        mark = await self._seals.begin(slot)
+        inspection = await self._host.inspect_tree(
+            slot.path,
+            since_ns=since,
+            settled=settled,
+            passed_over=kept,
+            known=tracked.names if tracked else None,
+        )
         await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
         is_quiet = since is not None and root.ctime_ns < settled.since_ns and self._seals.is_made_as_wanted(slot.seal)
         gitfiles = (
@@ -189,6 +202,8 @@ class CloneWorkspace:
         if trust_untouched and is_quiet and is_untouched(inspection, gitfiles):
             await self._kept.take_out(slot, standing, unless_kept_by=checkout.commit)
             work = await self._cleaner.switch_untouched(slot, checkout)
+        elif tracked is not None and is_ordinary(inspection):
+            work = await self._clean_ordinary(slot, checkout, tracked, inspection, mark)
         else:
             await self._kept.take_out(slot, standing)
             work = await self._cleaner.clean(slot, checkout, inspection)
@@ -207,9 +222,20 @@ class CloneWorkspace:
         if rung >= Rung.RECLONE and self._own is not None:
             await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
 
-    async def seal(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+    async def _clean_ordinary(
+        self, slot: Slot, checkout: Checkout, tracked: Tracked, inspection: TreeInspection, mark: Mark
+    ) -> Work:
+        work, touched = await self._cleaner.clean_ordinary(slot, tracked, inspection)
+        if tracked.commit != checkout.commit:
+            touched |= await self._writer.switch(slot, tracked.commit, checkout)
+        await self._settled.note_cleaned(slot, touched)
+        return attrs.evolve(work, since=mark)
+
+    async def seal(
+        self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False, since: Mark | None = None
+    ) -> Seal:
         """See `WorkspaceStrategy.seal`."""
-        return await self._seals.make(slot, checkout, keeps_mark=keeps_mark)
+        return await self._seals.make(slot, checkout, keeps_mark=keeps_mark, since=since)
 
     async def verify(self, slot: Slot) -> Sequence[str]:
         """See `WorkspaceStrategy.verify`."""

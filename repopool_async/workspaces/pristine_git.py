@@ -47,13 +47,14 @@ class PristineGit:
         self._sparse = sparse
         self._own = own
 
-    async def run(self, slot: Slot, *args: str, tree: str | None = None) -> GitResult:
+    async def run(self, slot: Slot, *args: str, tree: str | None = None, input: bytes | None = None) -> GitResult:
         """Run git with a slot's trusted git directory, on `tree` where one is given."""
         return await self._git.run(
             *args,
             git_dir=SlotPaths(slot.path).git,
             work_tree=tree,
             cwd=tree,
+            input=input,
             slot_id=slot.slot_id,
             env={WORK_MARK: slot.path},
             config=self.config(slot),

@@ -14,7 +14,7 @@ from repopool_async.exceptions import CleanupError
 from repopool_async.hosts.base import FileKind, FileStat, Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
-from repopool_async.workspaces.base import Checkout
+from repopool_async.workspaces.base import Checkout, Mark
 from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodules import Submodules
@@ -41,7 +41,14 @@ class Seals:
         self._kept = kept
         self._manner = f"{_MANNER}{manner}" if manner else ""
 
-    async def make(self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False) -> Seal:
+    async def begin(self, slot: Slot) -> Mark:
+        """Return the mark for a cleaning that begins now: nobody but that cleaning changes anything after it."""
+        offset = wall_minus_boot_ns()
+        return Mark(await self._host.file_system_clock_ns(SlotPaths(slot.path).pristine), offset)
+
+    async def make(
+        self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False, since: Mark | None = None
+    ) -> Seal:
         """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`."""
         generation = await self.generation(checkout.commit)
         previous = slot.seal
@@ -49,6 +56,8 @@ class Seals:
         settled = mark = await self._mark(slot)
         if keeps_mark and previous is not None:
             mark, offset = previous.mark_ns, previous.clock_offset_ns
+        elif since is not None:
+            mark, offset = since.ns, since.clock_offset_ns
         root = await self.root(slot)
         return Seal(
             commit=checkout.commit,

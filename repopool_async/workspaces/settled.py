@@ -4,12 +4,11 @@ A check-out before a lease does not look at the whole tree, so the slot's mark s
 beside the tree instead. How the notes are used is the host's business, when it looks at a tree.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from repopool_async.hosts.base import Host, Settled, WriteFile
-from repopool_async.models import Seal, Slot
+from repopool_async.models import Slot
 from repopool_async.workspaces.nul_lists import join_names, split_names
-from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
 from repopool_async.workspaces.submodule_plan import Submodule
 from repopool_async.workspaces.submodules import Submodules
@@ -18,36 +17,25 @@ from repopool_async.workspaces.submodules import Submodules
 class SettledNames:
     """The notes of a pool's slots."""
 
-    def __init__(self, *, host: Host, pristine: PristineGit, submodules: Submodules) -> None:
+    def __init__(self, *, host: Host, submodules: Submodules) -> None:
         self._host = host
-        self._pristine = pristine
         self._submodules = submodules
 
-    async def note(
-        self,
-        slot: Slot,
-        seal: Seal,
-        commit: str,
-        before: Sequence[Submodule],
-        *,
-        all_files: bool,
-        also: Iterable[str] = (),
-    ) -> None:
+    async def note_cleaned(self, slot: Slot, touched: Collection[str]) -> None:
+        """Remember which entries a cleaning touched after its mark; what was noted before is of an older mark."""
+        await self._write(slot, set(touched))
+
+    async def note(self, slot: Slot, written: Collection[str], *, before: Sequence[Submodule], commit: str) -> None:
         """Remember which entries a check-out before a lease touched: their change times are later than the mark.
 
         Args:
-            seal: of the slot as it was. before: the submodules that stood there then.
-            all_files: whether every file was written anew. also: what came or went besides.
+            written: outside submodules. before: the submodules that stood there. commit: what was checked out.
         """
-        listing = await self._pristine.run(
-            slot, "diff-tree", "-r", "-z", "--name-only", "--no-renames", seal.commit, commit
-        )
-        names = {*split_names(listing.stdout), *also} | (await self.of(slot)).names
+        names = {*written, *(await self.of(slot)).names}
         names |= await self._submodules.settled_names(before, await self._submodules.plan(commit))
-        if all_files:
-            names.update(
-                split_names((await self._pristine.run(slot, "ls-tree", "-r", "-z", "--name-only", commit)).stdout)
-            )
+        await self._write(slot, names)
+
+    async def _write(self, slot: Slot, names: set[str]) -> None:
         for name in list(names):
             while name := name.rpartition("/")[0]:
                 names.add(name)

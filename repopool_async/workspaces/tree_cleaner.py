@@ -6,6 +6,7 @@ is the decision how little to trust.
 """
 
 from collections.abc import Collection
+from typing import Final
 
 from repopool_async._aio import together
 from repopool_async.exceptions import CleanupError
@@ -18,7 +19,11 @@ from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
 from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
+from repopool_async.workspaces.tracked_names import Tracked
 from repopool_async.workspaces.tree_writer import TreeWriter
+
+_FEW_DIRECTORIES: Final = 50
+"""Up to how many directories git is told to look at; at more it looks at all, which costs it less."""
 
 
 class TreeCleaner:
@@ -50,9 +55,55 @@ class TreeCleaner:
         assert slot.seal is not None
         if slot.seal.commit == checkout.commit:
             return Work(steps=("untouched",), warm=True)
-        await self._writer.check_out(slot, checkout, is_untouched=True)
+        await self._writer.switch(slot, slot.seal.commit, checkout)
         await self.require_clean(slot, tree=slot.path, commit=checkout.commit)
         return Work(steps=("untouched", "checked out"))
+
+    async def clean_ordinary(self, slot: Slot, tracked: Tracked, inspection: TreeInspection) -> tuple[Work, set[str]]:
+        """Bring a tree in which nothing odd was done back to its commit, touching only what is not as it shall be.
+
+        Args:
+            inspection: what one look at the tree found, given `tracked`; `is_ordinary`.
+
+        Returns:
+            What was done, and the names of what has been touched since that look, whoever did it.
+
+        Raises:
+            CleanupError: it is not clean afterwards.
+        """
+        trash = SlotPaths(slot.path).trash
+        removed = await self._host.remove_entries(slot.path, inspection.unknown, trash=trash)
+        restored = await self._host.remove_entries(slot.path, inspection.changed, trash=trash)
+        missing = set(inspection.changed) | await self._not_as_sealed(slot, inspection)
+        await self._writer.write_files(slot, missing)
+        touched = {*inspection.changed_directories, ""}
+        touched.update(name.rpartition("/")[0] for name in (*missing, *inspection.unknown))
+        left = await self._host.find_unknown(slot.path, touched, tracked.names)
+        if left:
+            raise CleanupError(
+                f"{slot.slot_id}: not clean after cleaning: untracked: {', '.join(left[:5])}", slot_id=slot.slot_id
+            )
+        work = Work(steps=("cleaned in place", "verified"), removed=removed, restored=restored)
+        return work, touched | missing
+
+    async def _not_as_sealed(self, slot: Slot, inspection: TreeInspection) -> set[str]:
+        """Return the files that are missing, or lie in another inode than the one that was sealed.
+
+        Files that were moved without their directory have another change time, and are known already. A directory that
+        was moved brings files along that have not, but it has itself.
+        """
+        if inspection.is_complete and not inspection.changed_directories:
+            return set()
+        is_limited = inspection.is_complete and len(inspection.changed_directories) <= _FEW_DIRECTORIES
+        where = [f":(literal){name}" for name in inspection.changed_directories] if is_limited else []
+        return set(await self._modified(slot, *where, tree=slot.path))
+
+    async def _modified(self, slot: Slot, *where: str, tree: str) -> list[str]:
+        """List the files that are not as the index has them, in all of the tree where nothing is said."""
+        listing = await self._pristine.run(
+            slot, "diff-files", "-z", "--name-only", "--ignore-submodules=all", "--", *where, tree=tree
+        )
+        return split_names(listing.stdout)
 
     async def clean(self, slot: Slot, checkout: Checkout, inspection: TreeInspection) -> Work:
         """Bring a tree to `checkout`, whatever was done to it.
@@ -110,10 +161,7 @@ class TreeCleaner:
         found: list[str] = []
 
         async def modified() -> None:
-            listing = await self._pristine.run(
-                slot, "diff-files", "-z", "--name-only", "--ignore-submodules=all", tree=tree
-            )
-            found.extend(f"modified: {name}" for name in split_names(listing.stdout))
+            found.extend(f"modified: {name}" for name in await self._modified(slot, tree=tree))
 
         async def untracked() -> None:
             names = await self._kept.without(await self._untracked(slot, tree=tree), slot, commit)
@@ -146,6 +194,13 @@ class TreeCleaner:
         return split_names(await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT) or b"")
 
 
+def is_ordinary(inspection: TreeInspection) -> bool:
+    """Return whether a look at a tree found nothing that needs more than files written and entries removed."""
+    return not any(
+        (inspection.special, inspection.repositories, inspection.unlocked, inspection.mounts, inspection.irregular)
+    )
+
+
 def is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> bool:
     """Return whether a look at a tree found nothing that somebody changed.
 
@@ -156,6 +211,7 @@ def is_untouched(inspection: TreeInspection, gitfiles: Collection[str] = ()) -> 
         (
             inspection.changed,
             inspection.changed_directories,
+            inspection.unknown,
             inspection.special,
             set(inspection.repositories) != set(gitfiles),
             inspection.unlocked,

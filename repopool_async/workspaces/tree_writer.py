@@ -4,21 +4,53 @@ The tree may be the slot's or one that is still being made beside it. What a les
 afterwards, is the cleaner's business.
 """
 
-from typing import Final
+from collections.abc import Collection
+from typing import Final, Self
 
+import attrs
+
+from repopool_async._aio import together
 from repopool_async.hosts.base import Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.mirror import Mirror
 from repopool_async.models import Slot
 from repopool_async.run_as import RunAs
 from repopool_async.workspaces.base import Checkout
 from repopool_async.workspaces.lfs import Lfs
-from repopool_async.workspaces.nul_lists import join_names
+from repopool_async.workspaces.nul_lists import join_names, split_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
 from repopool_async.workspaces.sparse import Sparse
+from repopool_async.workspaces.submodule_plan import Submodule
 from repopool_async.workspaces.submodules import Place, Submodules
 
 _NOWHERE: Final = b"ref: refs/heads/none\n"
+_GITLINK: Final = b"160000"
+
+
+@attrs.frozen
+class Difference:
+    """What two commits differ in.
+
+    Attributes:
+        names: of files and gitlinks. has_attributes: whether attributes are among them, by which other files are
+            written. has_gitlinks: whether the place of another repository is.
+    """
+
+    names: frozenset[str]
+    has_attributes: bool
+    has_gitlinks: bool
+
+    @classmethod
+    def parsed(cls, listing: bytes) -> Self:
+        """Read what `git diff-tree -r -z --raw` printed: `:<mode> <mode> <id> <id> <status>`, then the name."""
+        words = listing.split(b"\0")
+        modes = [word[1:].split(b" ", 2)[:2] for word in words[:-1:2]]
+        names = frozenset(name.decode(errors="surrogateescape") for name in words[1::2])
+        return cls(
+            names=names,
+            has_attributes=any(name.rpartition("/")[2] == ".gitattributes" for name in names),
+            has_gitlinks=any(_GITLINK in pair for pair in modes),
+        )
 
 
 class TreeWriter:
@@ -58,51 +90,85 @@ class TreeWriter:
         await self._lfs.obtain(self._mirror, commit)
         await self._submodules.plan(commit)
 
-    async def check_out(
-        self, slot: Slot, checkout: Checkout, *, tree: str | None = None, is_untouched: bool = False
-    ) -> bool:
-        """Bring tree and pristine index to a commit; missing files and files that differ are written anew.
-
-        Args:
-            is_untouched: whether the tree is known to be as it was sealed.
-
-        Returns:
-            Whether every file was written anew, because the commit's attributes are others.
-        """
-        paths = SlotPaths(slot.path)
+    async def check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> None:
+        """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
         tree = tree or slot.path
         commit = checkout.commit
         await self._pristine.obtain(slot, commit)
         await self.obtain(commit)
-        plan = await self._submodules.plan(commit)
-        kept = await self._submodules.make_way(Place.of(slot, tree), plan)
+        await self._submodules.make_way(Place.of(slot, tree), await self._submodules.plan(commit))
         rewrites = await self._has_other_attributes(slot, commit)
-        # Until all is done the pristine git directory stands nowhere, and whoever comes next cannot be mistaken.
-        await self._host.apply(
-            [
-                RemoveFile(f"{paths.git}/index.lock"),
-                WriteFile(f"{paths.git}/HEAD", _NOWHERE),
-                *self._lfs.steps(self._mirror, commit, paths.git),
-            ]
-        )
+        await self._leave(slot, commit)
         await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
         if rewrites:
-            await self._host.apply([RemoveFile(f"{paths.git}/index")])
-            await self._pristine.run(slot, "read-tree", commit)
-            await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
-        gitlinks = await self._list_gitlinks(slot, commit)
-        places = [*gitlinks, *plan.places]
-        await self._host.apply(
-            [
-                *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in gitlinks),
-                WriteFile(paths.gitlinks, join_names(places)),
-                WriteFile(f"{paths.git}/HEAD", f"{commit}\n".encode()),
-            ]
-        )
-        await self._submodules.check_out(Place.of(slot, tree), plan, unchanged=kept if is_untouched else ())
+            await self._rewrite(slot, commit, tree)
+        await self._note_gitlinks(slot, commit, tree)
+        await self._arrive(slot, commit, tree)
+
+    async def switch(self, slot: Slot, standing: str, checkout: Checkout) -> frozenset[str]:
+        """Bring a tree that is as it was sealed, and its pristine index, from one commit to another.
+
+        Only what the commits differ in is looked at, the rest not even by git.
+
+        Args:
+            standing: the commit that the tree shows.
+
+        Returns:
+            The names of the entries that changed, those in submodules not included.
+        """
+        commit = checkout.commit
+        await self._pristine.obtain(slot, commit)
+        await self.obtain(commit)
+        kept = await self._submodules.make_way(Place.of(slot), await self._submodules.plan(commit))
+        await self._leave(slot, commit)
+        found: list[Difference] = []
+
+        async def compare() -> None:
+            found.append(await self._difference(slot, standing, commit))
+
+        async def write() -> None:
+            await self._pristine.run(slot, "read-tree", "--reset", "-u", standing, commit, tree=slot.path)
+
+        await together(compare, write)
+        names = found[0].names
+        if found[0].has_attributes:
+            await self._rewrite(slot, commit, slot.path)
+            names |= frozenset(split_names((await self._pristine.run(slot, "ls-files", "-z")).stdout))
+        if found[0].has_gitlinks:
+            await self._note_gitlinks(slot, commit, slot.path)
+        await self._arrive(slot, commit, slot.path, unchanged=kept)
+        return names
+
+    async def write_files(self, slot: Slot, names: Collection[str]) -> None:
+        """Write files of the commit that a tree shows, replacing what lies there."""
+        if names:
+            await self._pristine.run(
+                slot, "checkout-index", "-z", "--stdin", "-f", "-u", tree=slot.path, input=join_names(sorted(names))
+            )
+
+    async def _leave(self, slot: Slot, commit: str) -> None:
+        """Let the pristine git directory stand nowhere until all is done, so that who comes next is not mistaken."""
+        git = SlotPaths(slot.path).git
+        lfs = self._lfs.steps(self._mirror, commit, git)
+        await self._host.apply([RemoveFile(f"{git}/index.lock"), WriteFile(f"{git}/HEAD", _NOWHERE), *lfs])
+
+    async def _rewrite(self, slot: Slot, commit: str, tree: str) -> None:
+        """Write every file anew, whatever git believes of it."""
+        await self._host.apply([RemoveFile(f"{SlotPaths(slot.path).git}/index")])
+        await self._pristine.run(slot, "read-tree", commit)
+        await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
+
+    async def _arrive(self, slot: Slot, commit: str, tree: str, *, unchanged: Collection[Submodule] = ()) -> None:
+        """Note that a tree shows a commit, and bring its submodules and its owner to what they shall be."""
+        await self._host.apply([WriteFile(f"{SlotPaths(slot.path).git}/HEAD", f"{commit}\n".encode())])
+        plan = await self._submodules.plan(commit)
+        await self._submodules.check_out(Place.of(slot, tree), plan, unchanged=unchanged)
         await self._give(slot, tree)
         await self._mirror.keep(slot.slot_id, commit)
-        return rewrites
+
+    async def _difference(self, slot: Slot, one: str, other: str) -> "Difference":
+        listing = await self._pristine.run(slot, "diff-tree", "-r", "-z", "--raw", "--no-renames", one, other)
+        return Difference.parsed(listing.stdout)
 
     async def _has_other_attributes(self, slot: Slot, commit: str) -> bool:
         """Return whether a commit's attributes differ from those that the tree's files were written with.
@@ -118,11 +184,19 @@ class TreeWriter:
             (await self._pristine.run(slot, "diff-index", "--cached", "--name-only", commit, "--", attributes)).stdout
         )
 
-    async def _list_gitlinks(self, slot: Slot, commit: str) -> list[str]:
+    async def _note_gitlinks(self, slot: Slot, commit: str, tree: str) -> None:
+        """Write down where a commit has other repositories, and make those directories."""
         listing = await self._pristine.run(slot, "ls-tree", "-r", "-d", "-z", commit)
-        entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(b"160000 ")]
+        entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(_GITLINK)]
         names = [name.decode(errors="surrogateescape") for _, _, name in entries]
-        return [name for name in names if self._sparse.includes(name)]
+        gitlinks = [name for name in names if self._sparse.includes(name)]
+        plan = await self._submodules.plan(commit)
+        await self._host.apply(
+            [
+                *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in gitlinks),
+                WriteFile(SlotPaths(slot.path).gitlinks, join_names([*gitlinks, *plan.places])),
+            ]
+        )
 
     async def _give(self, slot: Slot, tree: str) -> None:
         """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""

@@ -1,0 +1,66 @@
+"""What belongs in a tree, by name: the files of the commit it shows, as the pool's own index of it has them.
+
+Whatever else lies there can then be found, and passed over, by looking at the tree once. Where a name says too little
+(other repositories lie in the tree) nothing is said. No tree is looked at here.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+import attrs
+
+from repopool_async._aio import in_thread
+from repopool_async.hosts.base import Host, Known
+from repopool_async.models import Slot
+from repopool_async.refs import FULL_ID
+from repopool_async.workspaces.nul_lists import split_names
+from repopool_async.workspaces.pristine_git import PristineGit
+from repopool_async.workspaces.slot_paths import SlotPaths
+
+_COMMITS_REMEMBERED: Final = 2
+"""Slots mostly stand at the same few commits; each costs some megabytes where there are many files."""
+_GITLINK: Final = "160000 "
+_ABSENT: Final = "S "
+"""How git marks what the index has and the tree, being sparse, has not."""
+
+
+@attrs.frozen
+class Tracked:
+    """What belongs in a tree that shows a commit."""
+
+    commit: str
+    names: Known
+
+
+class TrackedNames:
+    """Knows it of a pool's slots, all of which are made with the same options."""
+
+    def __init__(self, *, host: Host, pristine: PristineGit) -> None:
+        self._host = host
+        self._pristine = pristine
+        self._known: OrderedDict[str, Tracked | None] = OrderedDict()
+
+    async def of(self, slot: Slot) -> Tracked | None:
+        """Return what belongs in a slot's tree; None where that cannot be said by names, or the tree stands nowhere."""
+        head = await self._host.read_bytes(f"{SlotPaths(slot.path).git}/HEAD", limit=4096) or b""
+        commit = head.decode(errors="replace").strip()
+        if FULL_ID.fullmatch(commit) is None:
+            return None
+        if commit not in self._known:
+            self._known[commit] = await self._read(slot, commit)
+            while len(self._known) > _COMMITS_REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(commit)
+        return self._known[commit]
+
+    async def _read(self, slot: Slot, commit: str) -> Tracked | None:
+        listing = await self._pristine.run(slot, "ls-files", "-z", "-s", "-t")
+        names = await in_thread(_names, listing.stdout)
+        return Tracked(commit, names) if names is not None else None
+
+
+def _names(listing: bytes) -> Known | None:
+    entries = [entry for entry in split_names(listing) if not entry.startswith(_ABSENT)]
+    if any(entry[2:].startswith(_GITLINK) for entry in entries):
+        return None
+    return Known.of(entry.partition("\t")[2] for entry in entries)
