@@ -7,6 +7,7 @@ business, what preparing one takes the cleaner's.
 import asyncio
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 import attrs
@@ -22,12 +23,15 @@ from repopool_async.deadlocks import Deadlocks
 from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
     CleanupError,
+    HostUnreachableError,
+    LeaseLostError,
     ManagerClosedError,
     PoolNotFoundError,
     PoolTimeoutError,
     SlotAllocationError,
     TooManyRequestsError,
 )
+from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
 from repopool_async.origins import Origin
@@ -128,14 +132,29 @@ class Acquirer:
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
                 await shielded(self._releaser.take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
-                if not isinstance(error, CleanupError) or is_passing(error):
+                if not self._is_worth_another_slot(error, grant.slot):
                     raise
                 attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
             else:
                 return opened
 
+    def _is_worth_another_slot(self, error: BaseException, slot: Slot) -> bool:
+        """Return whether a slot, or its host, is to blame for what went wrong before the lessee had it."""
+        if isinstance(error, HostUnreachableError):
+            return True
+        if isinstance(error, LeaseLostError):
+            return self._pool.hosts.is_out(slot.host_id)  # parked meanwhile, by whomever
+        return isinstance(error, CleanupError) and not is_passing(error)
+
     async def _resolve(self, ref: str | None) -> ResolvedRef:
-        mirror = self._pool.parts.mirror
+        """Say what a ref means, by the mirror on the first of the pool's hosts that answers."""
+        while True:
+            reference = self._pool.reference
+            with suppress(HostUnreachableError):  # it is suspect now, so that another is the reference
+                async with self._pool.hosts.expected_to_answer(reference.host_id):
+                    return await self._resolve_by(reference.mirror, ref)
+
+    async def _resolve_by(self, mirror: Mirror, ref: str | None) -> ResolvedRef:
         fetched = False
         if self._pool.options.fetch_on_allocate:
             fetched = await mirror.refresh(max_age=self._pool.options.fetch_max_age)
@@ -163,7 +182,7 @@ class Acquirer:
         """Wait for other processes' releases (our own wake us), in order of the processes' tickets."""
         coordinator, changed = self._pool.parts.coordinator, self._pool.changed
         delay, longest = coordinator.poll_seconds
-        want = Want(self._pool.name, **_asked(attempt, resolved))
+        want = Want(self._pool.name, **self._asked(attempt, resolved))
         async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
             while True:
                 self._refuse_if_closing()
@@ -176,8 +195,21 @@ class Acquirer:
                 delay = min(delay * 2, longest)
 
     async def _claim(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
-        asked = _asked(attempt, resolved)
+        asked = self._asked(attempt, resolved)
         return await self._pool.parts.coordinator.claim(self._pool.name, **asked, stand_back=True)
+
+    def _asked(self, attempt: _Attempt, resolved: ResolvedRef) -> dict[str, Any]:
+        """Return what is asked of the coordinator, now or in turn."""
+        return {
+            "lease_id": new_lease_id(),
+            "commit": resolved.commit,
+            "branch": resolved.branch,
+            "ref": resolved.asked,
+            "metadata": attempt.metadata,
+            "exclude_hosts": self._pool.hosts.unusable,
+            "detached_ttl": attempt.ttl,
+            "wait_seconds": boottime() - attempt.started,
+        }
 
     async def _look_around(self, attempt: _Attempt) -> None:
         """While nothing is free: recover what dead owners left, and give up where waiting cannot help."""
@@ -209,12 +241,14 @@ class Acquirer:
             branch=attempt.new_branch or resolved.branch,
             is_tracking=attempt.new_branch is None,
         )
-        if await self._pool.parts.cleaner.is_setup_due(grant.slot, checkout):
-            # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
-            lease = attrs.evolve(grant.lease, commit=checkout.commit)
-            wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
-            grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
-        result = await self._pool.parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+        parts = self._pool.parts.of(grant.slot)
+        async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
+            if await parts.cleaner.is_setup_due(grant.slot, checkout):
+                # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
+                lease = attrs.evolve(grant.lease, commit=checkout.commit)
+                wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
+                grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
+            result = await parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
         lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
         if (lease, result.seal) != (grant.lease, grant.slot.seal):
             slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
@@ -316,16 +350,3 @@ def _retired(name: str) -> PoolNotFoundError:
         f"create_pool; delete_pool deletes it",
         repo_name=name,
     )
-
-
-def _asked(attempt: _Attempt, resolved: ResolvedRef) -> dict[str, Any]:
-    """Return what is asked of the coordinator, now or in turn."""
-    return {
-        "lease_id": new_lease_id(),
-        "commit": resolved.commit,
-        "branch": resolved.branch,
-        "ref": resolved.asked,
-        "metadata": attempt.metadata,
-        "detached_ttl": attempt.ttl,
-        "wait_seconds": boottime() - attempt.started,
-    }

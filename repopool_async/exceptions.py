@@ -76,6 +76,10 @@ class SlotNotFoundError(PoolManagerError, LookupError):
     """There is no slot of that id."""
 
 
+class HostNotFoundError(PoolManagerError, LookupError):
+    """There is no host of that name."""
+
+
 class SlotInUseError(PoolManagerError):
     """The slot is leased."""
 

@@ -65,7 +65,8 @@ class Lifecycle:
 
     async def _open(self) -> None:
         try:
-            await check_machine(self._shared.host, self._shared.config, str(self._shared.store.locks_directory))
+            await check_machine(self._shared.own.host, self._shared.config, str(self._shared.store.locks_directory))
+            await self._shared.hosts.refresh()
             await self._registry.adopt_all()
             await self._janitor.start()
         except BaseException:
@@ -104,6 +105,7 @@ class Lifecycle:
         await self._reloading.stop()
         await self._configured.stop()
         await self._janitor.stop()
+        await self._shared.hosts.aclose()
         await together(*[lambda pool=pool: pool.close(deadline) for pool in self._registry])
         with suppress(TimeoutError):
             async with deadline.limit():

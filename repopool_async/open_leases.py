@@ -47,7 +47,7 @@ class OpenLeases:
         async def renew(ttl: float | None) -> Lease:
             return await self._pool.parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        parts = self._pool.parts
+        parts = self._pool.parts.of(grant.slot)
         run_as = parts.run_as
         leased = LeasedSlot(
             grant.slot,

@@ -26,6 +26,7 @@ from repopool_async.exceptions import (
     GitRefMissingError,
     GitTimeoutError,
     GitTransientError,
+    HostUnreachableError,
     LfsError,
     PoolManagerError,
     SetupError,
@@ -51,7 +52,7 @@ LEASE_MARK: Final = "REPOPOOL_LEASE_ID"
 SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
-_NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, LfsError, UnknownRefError)
+_NOT_THE_SLOTS_FAULT: Final = (HostUnreachableError, SubmoduleError, LfsError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 _NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
 
@@ -296,6 +297,8 @@ class SlotCleaner:
                 return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
+                if isinstance(error, HostUnreachableError):
+                    raise
                 if _is_disk_full(error) and not has_freed:
                     # What filled it may be what this lessee left, by now in the trash.
                     await self._strategy(slot).free_space(slot)
