@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import SalvageNotFoundError as SalvageNotFoundError
     from repopool_async.exceptions import SetupError as SetupError
     from repopool_async.exceptions import SlotAllocationError as SlotAllocationError
+    from repopool_async.exceptions import SlotElsewhereError as SlotElsewhereError
     from repopool_async.exceptions import SlotInUseError as SlotInUseError
     from repopool_async.exceptions import SlotNotFoundError as SlotNotFoundError
     from repopool_async.exceptions import StoreError as StoreError
@@ -149,6 +150,7 @@ _HOMES = {
     "SlotAllocationError": "repopool_async.exceptions",
     "SlotAllocator": "repopool_async.slot_allocator",
     "SlotCleaner": "repopool_async.slot_cleaner",
+    "SlotElsewhereError": "repopool_async.exceptions",
     "SlotInUseError": "repopool_async.exceptions",
     "SlotNotFoundError": "repopool_async.exceptions",
     "SlotState": "repopool_async.models",
@@ -229,6 +231,7 @@ __all__ = [
     "SlotAllocationError",
     "SlotAllocator",
     "SlotCleaner",
+    "SlotElsewhereError",
     "SlotInUseError",
     "SlotNotFoundError",
     "SlotState",

@@ -35,6 +35,7 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
 from repopool_async.origins import Origin
+from repopool_async.refs import RefsSnapshot
 from repopool_async.releasing import Releaser
 from repopool_async.slot_keeper import SlotKeeper
 from repopool_async.wait_queue import WaitQueue
@@ -58,6 +59,8 @@ class _Attempt:
     waits_for_cleaning: bool
     ttl: float | None
     origin: Origin = attrs.field(init=False)
+    resolved_by: Mirror | None = None
+    seen: RefsSnapshot | None = None
     is_deadlock_told: bool = False
     phase: str = "fetch"
     started: float = attrs.field(factory=boottime)
@@ -120,14 +123,14 @@ class Acquirer:
             raise await self._timed_out(attempt) from None
 
     async def _try(self, attempt: _Attempt) -> OpenLease:
-        resolved = await self._resolve(attempt.ref)
+        resolved = await self._resolve(attempt)
         while True:
             attempt.phase = "queue"
             grant = await self._claim_in_turn(attempt, resolved)
             try:
                 attempt.phase = "fetch"
                 if boottime() - attempt.started > _STALE_WAIT_SECONDS:
-                    resolved = await self._resolve(attempt.ref)
+                    resolved = await self._resolve(attempt)
                 attempt.phase = "checkout"
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
@@ -146,13 +149,15 @@ class Acquirer:
             return self._pool.hosts.is_out(slot.host_id)  # parked meanwhile, by whomever
         return isinstance(error, CleanupError) and not is_passing(error)
 
-    async def _resolve(self, ref: str | None) -> ResolvedRef:
+    async def _resolve(self, attempt: _Attempt) -> ResolvedRef:
         """Say what a ref means, by the mirror on the first of the pool's hosts that answers."""
         while True:
             reference = self._pool.reference
             with suppress(HostUnreachableError):  # it is suspect now, so that another is the reference
                 async with self._pool.hosts.expected_to_answer(reference.host_id):
-                    return await self._resolve_by(reference.mirror, ref)
+                    resolved = await self._resolve_by(reference.mirror, attempt.ref)
+                    attempt.resolved_by, attempt.seen = reference.mirror, reference.mirror.seen
+                    return resolved
 
     async def _resolve_by(self, mirror: Mirror, ref: str | None) -> ResolvedRef:
         fetched = False
@@ -243,6 +248,8 @@ class Acquirer:
         )
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
+            if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
+                await parts.mirror.catch_up(attempt.seen, resolved)
             if await parts.cleaner.is_setup_due(grant.slot, checkout):
                 # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
                 lease = attrs.evolve(grant.lease, commit=checkout.commit)

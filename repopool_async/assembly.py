@@ -23,6 +23,7 @@ from repopool_async.host_registry import HostRegistry, Machine
 from repopool_async.host_states import HostStates
 from repopool_async.hosts.local import LocalHost
 from repopool_async.lock_manager import LockManager
+from repopool_async.mirror_sources import Upstream
 from repopool_async.models import LOCAL_HOST, Pool
 from repopool_async.run_as import RunAs
 from repopool_async.slot_allocator import SlotAllocator
@@ -153,6 +154,10 @@ class Assembler:
         """
         shared = self._shared
 
+        def upstream(machine: Machine) -> Upstream | None:
+            source = shared.hosts.mirror_source(machine)
+            return None if source is None else Upstream(hosts.on(source.spec.name).mirror, source.mirror_url(record))
+
         def make(host_id: str) -> HostParts:
             return HostAssembly(
                 machine=shared.hosts.machine(host_id),
@@ -160,6 +165,7 @@ class Assembler:
                 options=options,
                 current=current,
                 run_as=run_as.get(host_id),
+                upstream=upstream,
                 environment=self._environments[record.repo_name],
                 allow_protocols=shared.config.allow_protocols,
                 callbacks=self._callbacks,
@@ -168,11 +174,12 @@ class Assembler:
                 emit=shared.bus.emit,
             ).parts()
 
+        hosts = PoolHosts(lambda: shared.hosts.chosen(current().hosts), make)
         return Components(
             store=shared.store,
             coordinator=shared.coordinator,
             # Without metrics a pool counts into an allocator that nobody asks.
             allocator=shared.allocator if options.enable_metrics else SlotAllocator(shared.store),
-            hosts=PoolHosts(lambda: shared.hosts.chosen(current().hosts), make),
+            hosts=hosts,
             emit=self._emit,
         )

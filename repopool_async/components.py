@@ -31,6 +31,7 @@ class HostParts:
     """What a pool has on one host.
 
     Attributes:
+        is_here: whether it is the manager's machine, so that its paths mean something to lessees.
         lessee_host: where lessees' commands run; they must not use up what bounds the pool's own git.
         lessee_git: the git verbs as a lessee would run them.
         layout: where things lie on the host. salvage: the work saved there.
@@ -39,6 +40,7 @@ class HostParts:
     """
 
     host_id: str
+    is_here: bool
     host: Host
     lessee_host: Host
     lessee_git: GitOperations

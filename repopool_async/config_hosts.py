@@ -187,6 +187,8 @@ def refused_hosts(hosts: Mapping[str, HostSpec]) -> Iterator[tuple[KeyPath, str]
         path = ("hosts", name, "mirror_from")
         if spec.mirror_from not in {MANAGER, *with_local(hosts)}:
             yield path, f"there is no host {shown(spec.mirror_from)}; expected one of them, or {MANAGER}"
+        elif not spec.is_local and with_local(hosts).get(spec.mirror_from, HostSpec(LOCAL_HOST)).is_local:
+            yield path, "is on the manager's machine, which a host reached by SSH cannot fetch from; name such a host"
         elif _is_circular(name, hosts):
             yield path, "leads back to the host itself, so nobody would fetch from the origin"
     for name, other in _same_places(hosts):

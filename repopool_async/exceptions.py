@@ -80,6 +80,10 @@ class HostNotFoundError(PoolManagerError, LookupError):
     """There is no host of that name."""
 
 
+class SlotElsewhereError(PoolManagerError, TypeError):
+    """A slot on another machine was used as a path on this one."""
+
+
 class SlotInUseError(PoolManagerError):
     """The slot is leased."""
 

@@ -17,6 +17,7 @@ from repopool_async.git_operations import GitOperations
 from repopool_async.host_registry import Machine
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS, Mirror
+from repopool_async.mirror_sources import Upstream
 from repopool_async.models import Pool
 from repopool_async.run_as import RunAs
 from repopool_async.salvage import SALVAGE_LOCKS, Salvage
@@ -38,6 +39,7 @@ class HostAssembly:
 
     Attributes:
         options: what they are made for. current: returns the options in force when it is called.
+        upstream: returns what the mirror on a host is to be fetched from, where that is not the origin.
         environment: of the pool's git; its content may be replaced later. emit: tells an event.
     """
 
@@ -46,6 +48,7 @@ class HostAssembly:
     options: PoolOptions
     current: Callable[[], PoolOptions]
     run_as: RunAs | None
+    upstream: Callable[[Machine], Upstream | None]
     environment: Mapping[str, str]
     allow_protocols: Sequence[str]
     callbacks: Callbacks
@@ -61,6 +64,7 @@ class HostAssembly:
         workspace = self._workspace(runner, mirror)
         return HostParts(
             host_id=machine.spec.name,
+            is_here=machine.spec.is_local,
             host=machine.host,
             lessee_host=machine.lessee_host,
             lessee_git=GitOperations(machine.lessee_host),
@@ -93,6 +97,8 @@ class HostAssembly:
             remotes=self.options.remotes,
             is_blobless=self.options.history == "blobless",
             lock_id=lock_on(self.machine.spec.name, f"{MIRROR_LOCKS}{name}"),
+            # A mirror without file contents cannot give them to another.
+            upstream=self.upstream(self.machine) if self.options.history == "full" else None,
         )
 
     def _workspace(self, runner: GitRunner, mirror: Mirror) -> CloneWorkspace:

@@ -15,13 +15,13 @@ from typing import Any, Final
 import attrs
 
 from repopool_async._aio import Interruptions, TaskSet
-from repopool_async.config_hosts import HostSpec, chosen_hosts, with_local
+from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, refused_hosts, with_local
 from repopool_async.coordination.base import Coordinator
 from repopool_async.exceptions import ConfigError, HostNotFoundError, HostUnreachableError, PoolManagerError
 from repopool_async.host_admission import Manager, admit
 from repopool_async.host_states import HostCondition, HostState, HostStates
 from repopool_async.hosts.base import Host
-from repopool_async.models import LOCAL_HOST
+from repopool_async.models import LOCAL_HOST, Pool
 from repopool_async.store_layout import StoreLayout
 
 _log: Final = logging.getLogger("repopool")
@@ -46,10 +46,10 @@ class Machine:
     lessee_host: Host
     layout: StoreLayout
 
-    @property
-    def is_own(self) -> bool:
-        """Whether it is the manager's own machine and directory."""
-        return self.spec.name == LOCAL_HOST
+    def mirror_url(self, pool: Pool) -> str:
+        """Return how git on another host reaches a pool's mirror here: by its path on one machine, else by SSH."""
+        path = self.layout.mirror_path(pool.repo_name)
+        return path if self.spec.is_local else f"ssh://{self.spec.reached_at}{path}"
 
 
 class HostRegistry:
@@ -120,6 +120,15 @@ class HostRegistry:
         if machine is None or machine.spec != spec:
             machine = self._machines[host_id] = self._make(spec)
         return machine
+
+    def mirror_source(self, machine: Machine) -> Machine | None:
+        """Return the host whose mirrors another fetches from; None where it asks the origin.
+
+        Raises:
+            HostUnreachableError: that host is not there any more.
+        """
+        name = machine.spec.mirror_from
+        return None if name is None else self.machine(LOCAL_HOST if name == MANAGER else name)
 
     def require(self, host_id: str) -> HostSpec:
         """Return what a host is.
@@ -208,6 +217,8 @@ class HostRegistry:
         """
         if spec.name in self.specs:
             raise ConfigError(f"hosts.{spec.name}: there is a host of that name; remove it first", key="hosts")
+        for path, text in refused_hosts({**self.specs, spec.name: spec}):
+            raise ConfigError(f"{'.'.join(path)}: {text}", key=".".join(path))
         added = HostState(spec={"workspaces_dir": spec.workspaces_dir, **spec.changed()})
         await self._states.change(spec.name, lambda _: added)
         await self.refresh()
@@ -295,6 +306,9 @@ class HostRegistry:
         if host_id == LOCAL_HOST or host_id in self._admitted:
             return
         machine = self.machine(host_id)
+        source = self.mirror_source(machine)
+        if source is not None:
+            await self.admit(source.spec.name)
         await admit(machine.host, machine.layout.workspaces_directory, await Manager.of(self._workspaces_dir))
         self._admitted.add(host_id)
 

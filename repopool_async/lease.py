@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from repopool_async._git import LOCATION_VARIABLES
-from repopool_async.exceptions import CommandFailedError, LeaseReleasedError
+from repopool_async.exceptions import CommandFailedError, LeaseReleasedError, SlotElsewhereError
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.base import Host, HostProcess
 from repopool_async.models import CommandResult, GitResult, Lease, Slot
@@ -25,11 +25,11 @@ _OUTPUT_LIMIT: Final = 64 * 1024 * 1024
 class LeasedSlot:
     """A leased slot, from `lease()` or `allocate_slot()`.
 
-    Usable as a path (`os.fspath`, `open(slot / ...)` through `slot.path`). After the lease has ended everything but the
-    identifying attributes raises `LeaseReleasedError`.
+    Usable as a path on the slot's host (`os.fspath`, `open(slot / ...)` through `slot.path`). After the lease has ended
+    everything but the identifying attributes raises `LeaseReleasedError`.
 
     Attributes:
-        slot_id, lease_id, token, repo_name, metadata: who it is; they stay readable.
+        slot_id, lease_id, token, repo_name, host_id, metadata: who it is, and on which host; they stay readable.
         commit: the full id that HEAD was at when the lease began. branch: the local branch then, None when detached.
         lost: set once the lease has been taken away.
     """
@@ -43,9 +43,11 @@ class LeasedSlot:
         git: GitOperations,
         renew: Callable[[float | None], Coroutine[Any, Any, Lease]],
         inherited: Mapping[str, str] | None = None,
+        is_here: bool = True,
     ) -> None:
         self.slot_id: Final = slot.slot_id
         self.repo_name: Final = slot.repo_name
+        self.host_id: Final = slot.host_id
         self.lease_id: Final = lease.lease_id
         self.token: Final = lease.token
         self.commit: Final = lease.commit or ""
@@ -57,6 +59,7 @@ class LeasedSlot:
         self._git = GitOperations(runner=git.runner.with_environment(**self._marks()))
         self._renew = renew
         self._inherited = inherited
+        self._is_here = is_here
         self._is_released = False
 
     def __repr__(self) -> str:
@@ -64,11 +67,19 @@ class LeasedSlot:
         return f"<LeasedSlot {self.slot_id} at {self.branch or 'detached'} {self.commit[:12]} [{state}]>"
 
     def __fspath__(self) -> str:
-        return self._alive()
+        tree = self._alive()
+        if not self._is_here:
+            raise SlotElsewhereError(
+                f"{self.slot_id}: {tree} is a path on host {self.host_id}, not on this machine; use run() and "
+                f"open_process(), which run there",
+                slot_id=self.slot_id,
+                repo_name=self.repo_name,
+            )
+        return tree
 
     @property
     def path(self) -> Path:
-        """The working tree."""
+        """The working tree, as it is called on the slot's host."""
         return Path(self._alive())
 
     @property

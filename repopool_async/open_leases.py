@@ -55,6 +55,7 @@ class OpenLeases:
             host=parts.lessee_host if run_as is None else run_as.host_for(grant.slot),
             git=parts.lessee_git if run_as is None else run_as.git_for(grant.slot),
             renew=renew,
+            is_here=parts.is_here,
             inherited=None if run_as is None else run_as.environment(grant.slot),
         )
         opened = OpenLease(grant, leased, boottime(), origin)

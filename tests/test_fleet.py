@@ -1,7 +1,8 @@
 """One pool over several hosts: where slots and mirrors lie, and that everything done to a slot is done on its host."""
 
 import os
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from repopool_async import ConfigError, HostSpec, PoolConfig, PoolManager, Slot, SlotAllocationError
 from repopool_async._clock import now
 from repopool_async._codec import dumps, loads
+
+MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
 
 
 def host(directory: Path, name: str, **options: object) -> HostSpec:
@@ -82,3 +85,64 @@ def test_records_of_before_there_were_hosts_are_of_the_managers_machine() -> Non
     record = dumps(Slot("workspace-web-slot1", "web", "/r", "/p", now()))
     assert b'"host_id":"local"' in record
     assert loads(Slot, record.replace(b'"host_id":"local",', b"")).host_id == "local"
+
+
+# -- mirrors and refs --------------------------------------------------------------------------------------------
+
+
+async def test_the_newest_commit_is_shown_on_whichever_host(
+    manager: PoolManager, origin: Path, make_commit: MakeCommit
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
+    newest = make_commit(origin, "main", {"news.txt": b"new\n"})
+    async with pool.lease(ref="main") as one, pool.lease(ref="main") as other:
+        for slot in (one, other):
+            assert slot.commit == newest
+            assert (slot.path / "news.txt").read_bytes() == b"new\n"
+            assert (await slot.run("git", "rev-parse", "origin/main")).text.strip() == newest
+
+
+async def test_only_the_mirror_that_says_what_refs_mean_is_fetched_while_the_others_have_what_is_wanted(
+    manager: PoolManager, origin: Path
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
+    async with pool.lease() as one, pool.lease() as other:
+        assert {slot.host_id for slot in (one, other)} == {"a", "b"}
+    counts = {name: pool._context.parts.hosts.on(name).mirror.fetch_count for name in "ab"}
+    assert counts["a"] > 0
+    assert counts["b"] == 0
+
+
+async def test_a_host_fetches_from_anothers_mirror_where_it_is_told_to(
+    origin: Path, tmp_path: Path, make_commit: MakeCommit
+) -> None:
+    hosts = [host(tmp_path, "a"), host(tmp_path, "b", mirror_from="a"), host(tmp_path, "c", mirror_from="manager")]
+    async with PoolManager(PoolConfig(tmp_path / "pools"), hosts=hosts) as manager:
+        pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["b"])
+        mirrors = {name: pool._context.parts.hosts.on(name).mirror for name in "abc"}
+        newest = make_commit(origin, "main", {"news.txt": b"new\n"})
+        async with pool.lease(ref="main") as slot:
+            assert slot.commit == newest
+        assert mirrors["a"].fetch_count == mirrors["b"].fetch_count == 1
+        configured = (tmp_path / "b/web/mirror.git/config").read_text()
+        assert str(origin) in configured
+        hidden = make_commit(origin, "gone", {"x": b"x"})
+        subprocess.run(["git", "-C", str(origin), "update-ref", "refs/pull/7/head", hidden], check=True)
+        subprocess.run(["git", "-C", str(origin), "update-ref", "-d", "refs/heads/gone"], check=True)
+        async with pool.lease(ref="refs/pull/7/head") as slot:
+            assert slot.commit == hidden
+        await mirrors["c"].ensure()
+        assert (tmp_path / "pools/web/mirror.git").exists()
+        assert await mirrors["c"].has(newest)
+
+
+async def test_a_commit_that_no_branch_has_is_brought_to_the_host_that_needs_it(
+    manager: PoolManager, origin: Path, make_commit: MakeCommit
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
+    hidden = make_commit(origin, "gone", {"x": b"x"})
+    subprocess.run(["git", "-C", str(origin), "update-ref", "refs/pull/7/head", hidden], check=True)
+    subprocess.run(["git", "-C", str(origin), "update-ref", "-d", "refs/heads/gone"], check=True)
+    async with pool.lease(ref="refs/pull/7/head") as one, pool.lease(ref="refs/pull/7/head") as other:
+        assert one.commit == other.commit == hidden
+        assert {one.host_id, other.host_id} == {"a", "b"}
