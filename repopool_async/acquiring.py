@@ -17,7 +17,7 @@ from repopool_async._aio import Deadline, Interruptions, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import new_lease_id
-from repopool_async.components import PoolContext
+from repopool_async.components import HostParts, PoolContext
 from repopool_async.coordination.base import Grant, Want
 from repopool_async.deadlocks import Deadlocks
 from repopool_async.disk_full import is_passing, passing_told
@@ -152,12 +152,20 @@ class Acquirer:
     async def _resolve(self, attempt: _Attempt) -> ResolvedRef:
         """Say what a ref means, by the mirror on the first of the pool's hosts that answers."""
         while True:
-            reference = self._pool.reference
+            reference = await self._reference()
             with suppress(HostUnreachableError):  # it is suspect now, so that another is the reference
                 async with self._pool.hosts.expected_to_answer(reference.host_id):
                     resolved = await self._resolve_by(reference.mirror, attempt.ref)
                     attempt.resolved_by, attempt.seen = reference.mirror, reference.mirror.seen
                     return resolved
+
+    async def _reference(self) -> HostParts:
+        try:
+            return self._pool.reference
+        except HostUnreachableError:
+            if not await self._pool.hosts.settled():
+                raise
+        return self._pool.reference
 
     async def _resolve_by(self, mirror: Mirror, ref: str | None) -> ResolvedRef:
         fetched = False
@@ -221,17 +229,26 @@ class Acquirer:
         if boottime() - self._keeper.last_recovery > _RECOVERY_SECONDS:
             await self._keeper.recover()
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
-        if all(slot.state is SlotState.ERROR for slot in slots):
-            reasons = "; ".join(f"{slot.slot_id}: {slot.error}" for slot in slots) or "it has none"
+        hosts = self._pool.hosts
+        if all(slot.state is SlotState.ERROR or hosts.is_closed(slot.host_id) for slot in slots):
+            reasons = "; ".join(self._why_not(slot) for slot in slots) or "it has none"
+            is_hosts = any(hosts.is_closed(slot.host_id) for slot in slots)
+            remedy = "`repopool hosts list` says more" if is_hosts else "repair_slot makes one usable again"
             raise SlotAllocationError(
-                f"{self._pool.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
+                f"{self._pool.name}: no slot can be leased ({reasons}); {remedy}",
                 repo_name=self._pool.name,
             )
         self._tell_deadlock(attempt, slots)
         # A cleaning may have ended since the claim found nothing: then the next claim will find it.
-        is_cleaning = any(slot.state in (SlotState.CLEANING, SlotState.AVAILABLE) for slot in slots)
+        coming = (SlotState.CLEANING, SlotState.AVAILABLE)
+        is_cleaning = any(slot.state in coming and slot.host_id not in hosts.unusable for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self._keeper.returning)):
             raise await self._timed_out(attempt, slots)
+
+    def _why_not(self, slot: Slot) -> str:
+        if slot.state is SlotState.ERROR:
+            return f"{slot.slot_id}: {slot.error}"
+        return f"{slot.slot_id}: its host {slot.host_id} is {self._pool.hosts.state(slot.host_id).condition}"
 
     async def _wait_for_change(self, seconds: float) -> None:
         try:

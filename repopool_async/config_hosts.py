@@ -167,14 +167,21 @@ def chosen_hosts(wanted: Sequence[str], hosts: Mapping[str, HostSpec]) -> list[s
         ConfigError: a word is neither a name nor a label; its `key` is where it stands in the list.
     """
     known = with_local(hosts)
-    found: dict[str, None] = {}
-    for index, word in enumerate(wanted or (LOCAL_HOST,)):
-        names = [word] if word in known else [name for name, spec in known.items() if word in spec.labels]
-        if not names:
+    for index, word in enumerate(wanted):
+        if not _meant(word, known):
             words = sorted({*known, *(label for spec in known.values() for label in spec.labels)})
             raise unexpected(f"the name or a label of a host ({', '.join(words)})", word, key=f"[{index}]")
-        found |= dict.fromkeys(names)
-    return list(found)
+    return present_hosts(wanted, hosts)
+
+
+def present_hosts(wanted: Sequence[str], hosts: Mapping[str, HostSpec]) -> list[str]:
+    """Return what `chosen_hosts` does, passing over hosts that are not there (any more)."""
+    known = with_local(hosts)
+    return list(dict.fromkeys(name for word in wanted or (LOCAL_HOST,) for name in _meant(word, known)))
+
+
+def _meant(word: str, known: Mapping[str, HostSpec]) -> list[str]:
+    return [word] if word in known else [name for name, spec in known.items() if word in spec.labels]
 
 
 def refused_hosts(hosts: Mapping[str, HostSpec]) -> Iterator[tuple[KeyPath, str]]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import attrs
 
 from repopool_async._aio import Interruptions, TaskSet
-from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, refused_hosts, with_local
+from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, present_hosts, refused_hosts, with_local
 from repopool_async.coordination.base import Coordinator
 from repopool_async.exceptions import ConfigError, HostNotFoundError, HostUnreachableError, PoolManagerError
 from repopool_async.host_admission import Manager, admit
@@ -84,6 +84,7 @@ class HostRegistry:
         self._machines: dict[str, Machine] = {}
         self._known: Mapping[str, HostState] = {}
         self._suspects: set[str] = set()
+        self._is_settled = asyncio.Event()
         self._strangers: set[str] = set()
         self._unusable: frozenset[str] = frozenset()
         self._tasks = TaskSet("hosts")
@@ -142,13 +143,17 @@ class HostRegistry:
         return spec
 
     def chosen(self, words: Sequence[str]) -> list[str]:
-        """Return the hosts that a pool's option `hosts` means, in its order.
+        """Return the hosts that a pool's option `hosts` means, in its order; those that are gone are passed over."""
+        return present_hosts(words, self.specs)
+
+    def check(self, words: Sequence[str]) -> None:
+        """Refuse a pool's option `hosts` that means nothing.
 
         Raises:
             ConfigError: a word is neither a host's name nor a label.
         """
         try:
-            return chosen_hosts(words, self.specs)
+            chosen_hosts(words, self.specs)
         except ConfigError as refusal:
             raise ConfigError(f"hosts{refusal.key or ''}: {refusal.message}", key="hosts") from None
 
@@ -162,6 +167,10 @@ class HostRegistry:
     def is_out(self, host_id: str) -> bool:
         """Whether nothing is to be done on a host now: it is parked, or has just failed to answer."""
         return host_id in self._suspects or self.state(host_id).condition.is_out or host_id not in self.specs
+
+    def is_closed(self, host_id: str) -> bool:
+        """Whether no lease is given on a host until somebody, or it itself, changes that."""
+        return host_id not in self.specs or self.state(host_id).condition is not HostCondition.ACTIVE
 
     def state(self, host_id: str) -> HostState:
         """Return what was last seen of a host's state."""
@@ -244,6 +253,14 @@ class HostRegistry:
         self._look_at_all()
         self._tasks.spawn(self._confirm(host_id), name=f"confirm-{host_id}")
 
+    async def settled(self) -> bool:
+        """Wait until it is known of every suspect host whether it answers; returns whether there was any."""
+        was_in_doubt = bool(self._suspects)
+        while self._suspects:
+            self._is_settled.clear()
+            await self._is_settled.wait()
+        return was_in_doubt
+
     async def _confirm(self, host_id: str) -> None:
         try:
             failure = await self.probe(host_id)
@@ -253,16 +270,17 @@ class HostRegistry:
             _log.warning("host %s: that it does not answer could not be noted: %s", host_id, error)
         finally:
             self._suspects.discard(host_id)
+            self._is_settled.set()
             self._look_at_all()
 
-    async def probe(self, host_id: str, seconds: float = _PROBE_SECONDS) -> str | None:
+    async def probe(self, host_id: str) -> str | None:
         """Ask a host whether it is there; returns why it seems not to be."""
         try:
             machine = self.machine(host_id)
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(_PROBE_SECONDS):
                 await machine.host.stat(machine.layout.workspaces_directory)
         except (HostUnreachableError, TimeoutError) as error:
-            return str(error) or f"no answer within {seconds:g} s"
+            return str(error) or f"no answer within {_PROBE_SECONDS:g} s"
         except OSError as error:
             _log.info("host %s answers: %s", host_id, error)
         return None
@@ -272,11 +290,15 @@ class HostRegistry:
         """Give the block up where its host stops to answer meanwhile; the block itself may take what it takes.
 
         Raises:
-            HostUnreachableError: the block was given up, or failed so by itself; the host is suspect from then on.
+            HostUnreachableError: the block was given up, or failed so by itself, and the host is suspect from then on;
+            or it was not entered, because the host is out of use.
         """
         if host_id == LOCAL_HOST:
             yield
             return
+        if self.is_out(host_id):
+            text = f"host {host_id} is out of use; `repopool hosts list` says why"
+            raise HostUnreachableError(text, host_id=host_id, has_not_started=True)
         silent = HostUnreachableError(f"host {host_id} stopped answering", host_id=host_id)
         interruptions = Interruptions()
         asking = self._tasks.spawn(self._ask_meanwhile(host_id, interruptions), name=f"ask-{host_id}")

@@ -218,6 +218,8 @@ class Janitor:
                 if boottime() > not_before + _REPAIR_SECONDS[1]:
                     self._repairs.pop(slot.slot_id, None)
                 continue
+            if not pool.can_be_reached(slot):
+                continue
             if (is_asked or boottime() >= not_before) and await pool.keeper.repair_later(slot.slot_id):
                 pause = min(_REPAIR_SECONDS[0] * 2**tries, _REPAIR_SECONDS[1])
                 self._repairs[slot.slot_id] = (tries + 1, boottime() + pause)

@@ -258,6 +258,28 @@ class PoolSummary:
 
 
 @attrs.frozen
+class HostStatus:
+    """One host at a glance.
+
+    Attributes:
+        address: `local`, or what SSH reaches. capacity: None for no limit.
+        condition: `active`, `draining`, `parked` or `unreachable`. reason: for people.
+        total_slots, available, allocated: of all pools.
+    """
+
+    host_id: str
+    address: str
+    workspaces_dir: str | None
+    labels: tuple[str, ...]
+    capacity: int | None
+    condition: str
+    reason: str
+    total_slots: int
+    available: int
+    allocated: int
+
+
+@attrs.frozen
 class CleanupResult:
     """One line of the clean-up log (3.5).
 

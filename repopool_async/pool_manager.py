@@ -24,6 +24,8 @@ from repopool_async.config_reload import ConfigReload
 from repopool_async.configured_pools import ConfiguredPools
 from repopool_async.events import Event
 from repopool_async.exceptions import PoolNotFoundError, SlotNotFoundError
+from repopool_async.host_verbs import HostVerbs
+from repopool_async.host_watch import HostWatch
 from repopool_async.janitor import Janitor, SweepReport
 from repopool_async.lease import LeasedSlot
 from repopool_async.lifecycle import Lifecycle
@@ -60,7 +62,7 @@ def _ended_by_closing(verb: Verb) -> Verb:
     return cast("Verb", interruptible)
 
 
-class PoolManager:
+class PoolManager(HostVerbs):
     """Pools of clean, isolated git checkouts.
 
     Args:
@@ -104,7 +106,15 @@ class PoolManager:
             interval_seconds=self.config.janitor_interval,
         )
         self._reloading = ConfigReload(self._shared, self._registry, self._configured, self._janitor)
-        self._lifecycle = Lifecycle(self._shared, self._registry, self._configured, self._reloading, self._janitor)
+        watch = HostWatch(
+            self._shared.hosts,
+            lambda: self._registry,
+            coordinator=self._shared.coordinator,
+            locks=self._shared.locks,
+        )
+        self._lifecycle = Lifecycle(
+            self._shared, self._registry, self._configured, self._reloading, janitor=self._janitor, watch=watch
+        )
 
     @classmethod
     def from_config_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:

@@ -82,6 +82,7 @@ class PoolRegistry:
         """
         name = validate_repo_name(repo_name)
         refuse_too_many_slots(name, options.num_slots)
+        self._shared.hosts.check(options.hosts)
         url, credentials = split_credentials(validate_url(repo_url, self._shared.config.allow_protocols))
         async with self.name_held(name):
             stored = await self.stored(name)

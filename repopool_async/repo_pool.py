@@ -203,6 +203,16 @@ class RepoPool:
         for parts in self._parts.hosts.made():
             parts.cleaner.rebuild_always = options.rebuild_always
 
+    def can_be_reached(self, slot: Slot) -> bool:
+        """Return whether anything can be done on a slot's host now."""
+        return not self._context.hosts.is_out(slot.host_id)
+
+    async def hosts_changed(self) -> None:
+        """Have leases on hosts that are out of use end, and slots of those that are back be cleaned."""
+        await self.watch.notice_lost()
+        await self.keeper.recover()
+        self._context.changed.set()
+
     async def list_slots(self) -> list[Slot]:
         """Return the records of the pool's slots, by number (1.5)."""
         return await self._parts.coordinator.list_slots(self.name)

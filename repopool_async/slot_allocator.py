@@ -29,7 +29,8 @@ def order_candidates(slots: Sequence[Slot], *, commit: str | None, branch: str |
     recently used (10.2), then the lowest number.
 
     Args:
-        slots: all of one pool, so that it shows how loaded each host is. commit: the full id that is wanted, None for any. branch: None for a detached HEAD.
+        slots: all of one pool, so that it shows how loaded each host is.
+        commit: the full id that is wanted, None for any. branch: None for a detached HEAD.
     """
     loads = _loads(slots)
     ranked = [

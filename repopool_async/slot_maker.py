@@ -116,8 +116,9 @@ class SlotMaker:
         except (StoreError, OSError):
             await coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
             raise
-        with suppress(HostUnreachableError):
-            await self._pool.parts.of(slot).cleaner.discard(slot)
+        if not self._pool.hosts.is_out(slot.host_id):
+            with suppress(HostUnreachableError):
+                await self._pool.parts.of(slot).cleaner.discard(slot)
 
     async def _delete_files(self, slot: Slot) -> None:
         try:

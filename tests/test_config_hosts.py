@@ -10,7 +10,8 @@ from repopool_async.config_hosts import chosen_hosts, with_local
 TWO = """\
 hosts:
   a: {address: local, workspaces_dir: /srv/a/, labels: [big, ssd], capacity: 8}
-  b: {address: "me@box.example:2222", workspaces_dir: /srv/b, labels: [big], mirror_from: a}
+  b: {address: "me@box.example:2222", workspaces_dir: /srv/b, labels: [big]}
+  c: {workspaces_dir: /srv/c, mirror_from: b}
 pools:
   web: {repo_url: /tmp/r, hosts: [big]}
 """
@@ -19,7 +20,8 @@ pools:
 def test_hosts_are_read_with_their_defaults() -> None:
     hosts = PoolConfig.from_text(TWO).hosts
     assert hosts["a"] == HostSpec("a", address="local", workspaces_dir="/srv/a", labels=("big", "ssd"), capacity=8)
-    assert (hosts["b"].is_local, hosts["b"].mirror_from, hosts["b"].capacity) == (False, "a", None)
+    assert (hosts["b"].is_local, hosts["b"].mirror_from, hosts["b"].capacity) == (False, None, None)
+    assert hosts["c"].mirror_from == "b"
 
 
 def test_a_host_without_an_address_is_reached_by_its_name() -> None:
@@ -32,7 +34,7 @@ def test_pools_choose_hosts_by_name_or_label_in_their_order() -> None:
     assert chosen_hosts([], hosts) == ["local"]
     assert chosen_hosts(["b", "big"], hosts) == ["b", "a"]
     assert chosen_hosts(["local", "ssd"], hosts) == ["local", "a"]
-    assert list(with_local(hosts)) == ["local", "a", "b"]
+    assert list(with_local(hosts)) == ["local", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_pools_choose_hosts_by_name_or_label_in_their_order() -> None:
         ("hosts:\n  a: {workspaces_dir: /x, mirror_from: a}", "hosts.a.mirror_from", 2, "its own mirror"),
         ("hosts:\n  local: {workspaces_dir: /x}", "hosts.local", 2, "the manager's own machine"),
         ("hosts:\n  manager: {workspaces_dir: /x}", "hosts.manager", 2, "choose another name"),
+        ("hosts:\n  a: {workspaces_dir: /x, mirror_from: manager}", "hosts.a.mirror_from", 2, "reached by SSH cannot"),
         ("hosts: [a]", "hosts", 1, "expected a mapping, found a list"),
         ("pools:\n  web:\n    repo_url: /r\n    hosts: [nowhere]", "pools.web.hosts[0]", 4, "label of a host (local)"),
         ("defaults:\n  hosts: [nowhere]", "defaults.hosts[0]", 2, "label of a host (local)"),
