@@ -30,7 +30,9 @@ from repopool_async.exceptions import (
     PoolTimeoutError,
     SlotAllocationError,
     TooManyRequestsError,
+    UnkillableError,
 )
+from repopool_async.fencing import enter
 from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
@@ -147,7 +149,7 @@ class Acquirer:
             return True
         if isinstance(error, LeaseLostError):
             return self._pool.hosts.is_out(slot.host_id)  # parked meanwhile, by whomever
-        return isinstance(error, CleanupError) and not is_passing(error)
+        return isinstance(error, CleanupError | UnkillableError) and not is_passing(error)
 
     async def _resolve(self, attempt: _Attempt) -> ResolvedRef:
         """Say what a ref means, by the mirror on the first of the pool's hosts that answers."""
@@ -265,6 +267,7 @@ class Acquirer:
         )
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
+            grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt))
             if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
                 await parts.mirror.catch_up(attempt.seen, resolved)
             if await parts.cleaner.is_setup_due(grant.slot, checkout):
@@ -273,6 +276,7 @@ class Acquirer:
                 wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
                 grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
             result = await parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+            inherited = None if parts.is_here else await parts.host.login_environment()
         lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
         if (lease, result.seal) != (grant.lease, grant.slot.seal):
             slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
@@ -285,7 +289,12 @@ class Acquirer:
         self._pool.parts.emit(
             "slot.allocated", {"slot_id": grant.slot.slot_id, "lease_id": lease.lease_id, "wait_seconds": waited}
         )
-        return self._leases.open(grant, attempt.origin)
+        return self._leases.open(grant, attempt.origin, inherited)
+
+    def _session(self, attempt: _Attempt) -> str:
+        """Return in whose name a lease enters its slot: one that outlives this process is not this process's."""
+        session = self._pool.hosts.session
+        return session if attempt.ttl is None else f"{session}-detached"
 
     async def _timed_out(self, attempt: _Attempt, slots: list[Slot] | None = None) -> PoolTimeoutError:
         slots = slots if slots is not None else await self._pool.parts.coordinator.list_slots(self._pool.name)

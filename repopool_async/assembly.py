@@ -84,10 +84,15 @@ def _machine(spec: HostSpec, config: PoolConfig) -> Machine:
     layout = StoreLayout(spec.workspaces_dir or config.workspaces_dir)
     if spec.host is not None:
         return Machine(spec, spec.host, spec.host, layout)
+    sessions = f"{layout.workspaces_directory}/.sessions"
     if spec.is_local:
-        host = LocalHost(spec.name, max_processes=config.max_git_processes)
-        return Machine(spec, host, LocalHost(spec.name, max_processes=_LESSEE_PROCESSES), layout)
-    raise ConfigError(f"hosts.{spec.name}: this version reaches no hosts over SSH yet", key="hosts")
+        host = LocalHost(spec.name, max_processes=config.max_git_processes, sessions_directory=sessions)
+        lessee_host = LocalHost(spec.name, max_processes=_LESSEE_PROCESSES, sessions_directory=sessions)
+        return Machine(spec, host, lessee_host, layout)
+    from repopool_async.hosts.ssh import SshHost  # noqa: PLC0415 - asyncssh is wanted by those only who have such hosts
+
+    remote = SshHost(spec.reached_at, host_id=spec.name, host_key=spec.host_key, sessions_directory=sessions)
+    return Machine(spec, remote, remote, layout)
 
 
 class Assembler:
@@ -110,16 +115,21 @@ class Assembler:
         self._callbacks = callbacks
         self._git_config = git_config
         self._emit = emit
-        self._environments: dict[str, dict[str, str]] = {}
+        self._environments: dict[bool, dict[str, dict[str, str]]] = {True: {}, False: {}}
 
     def give_credentials(self, repo_name: str, credentials: Credentials | None) -> None:
         """Have a pool's git use these credentials from now on, what is assembled already as well."""
-        environment = base_environment(
-            allow_protocols=self._shared.config.allow_protocols, credentials=credentials, git_config=self._git_config
-        )
-        present = self._environments.setdefault(repo_name, {})
-        present.clear()
-        present.update(environment)
+        for is_here, environments in self._environments.items():
+            environment = base_environment(
+                # What this process was started with means nothing on another machine.
+                None if is_here else {},
+                allow_protocols=self._shared.config.allow_protocols,
+                credentials=credentials,
+                git_config=self._git_config,
+            )
+            present = environments.setdefault(repo_name, {})
+            present.clear()
+            present.update(environment)
 
     async def establish(self, options: PoolOptions) -> dict[str, RunAs]:
         """Find the user that a pool's lessees run as, where it names one, by host; raises as `RunAs.establish`."""
@@ -159,14 +169,15 @@ class Assembler:
             return None if source is None else Upstream(hosts.on(source.spec.name).mirror, source.mirror_url(record))
 
         def make(host_id: str) -> HostParts:
+            machine = shared.hosts.machine(host_id)
             return HostAssembly(
-                machine=shared.hosts.machine(host_id),
+                machine=machine,
                 record=record,
                 options=options,
                 current=current,
                 run_as=run_as.get(host_id),
                 upstream=upstream,
-                environment=self._environments[record.repo_name],
+                environment=self._environments[machine.spec.is_local][record.repo_name],
                 allow_protocols=shared.config.allow_protocols,
                 callbacks=self._callbacks,
                 store=shared.store,

@@ -15,6 +15,7 @@ from typing import Any, Final
 import attrs
 
 from repopool_async._aio import Interruptions, TaskSet
+from repopool_async._identity import new_lease_id
 from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, present_hosts, refused_hosts, with_local
 from repopool_async.coordination.base import Coordinator
 from repopool_async.exceptions import ConfigError, HostNotFoundError, HostUnreachableError, PoolManagerError
@@ -60,7 +61,7 @@ class HostRegistry:
         workspaces_dir: the manager's own.
 
     Attributes:
-        on_change: called when other hosts can be used than before.
+        session: names this manager on its hosts. on_change: called when other hosts can be used than before.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class HostRegistry:
         emit: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._make = make
+        self.session: Final = new_lease_id()
         self._workspaces_dir = workspaces_dir
         self._admitted: set[str] = set()
         self._states = states

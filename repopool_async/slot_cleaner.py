@@ -15,7 +15,6 @@ import attrs
 
 from repopool_async._clock import boottime, now
 from repopool_async._git import WORK_MARK
-from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
     GitAccessError,
@@ -366,7 +365,7 @@ class SlotCleaner:
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
         group = self._run_as.group_of(slot) if self._run_as is not None else None
         since = None
-        if slot.lease is not None and slot.lease.owner.boot_id == boot_id():
+        if slot.lease is not None and slot.lease.owner.boot_id == await self._host.boot_id():
             since = slot.lease.acquired_boottime
         ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since, group=group)
         if ended.survivors and self._run_as is not None:

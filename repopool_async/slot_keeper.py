@@ -30,6 +30,7 @@ from repopool_async.exceptions import (
     SlotNotFoundError,
     StoreError,
 )
+from repopool_async.fencing import leave
 from repopool_async.host_chores import HostChores
 from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState
 from repopool_async.open_leases import describe_holder
@@ -109,10 +110,9 @@ class SlotKeeper:
     async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
         """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
         try:
-            async with self._pool.at_work(slot), self._while_it_stands(hold):
-                slot, work = await self._save_work(hold, slot, work)
-                async with asyncio.timeout(self._pool.options.cleanup_timeout):
-                    result: CleanupResult = await work(await standing(self._pool, slot))
+            async with self._pool.at_work(slot):
+                slot = await leave(self._pool.parts.of(slot).host, self._pool.parts.coordinator, hold)
+                slot, result = await self._do(hold, slot, work)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
                 await self._remove_held(hold)
                 return
@@ -134,6 +134,12 @@ class SlotKeeper:
             if self._holds.get(slot.slot_id) is hold:
                 self._holds.pop(slot.slot_id)
             self._pool.changed.set()
+
+    async def _do(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, CleanupResult]:
+        async with self._while_it_stands(hold):
+            slot, work = await self._save_work(hold, slot, work)
+            async with asyncio.timeout(self._pool.options.cleanup_timeout):
+                return slot, await work(await standing(self._pool, slot))
 
     @asynccontextmanager
     async def _while_it_stands(self, hold: Hold) -> AsyncIterator[None]:
