@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repopool_async.config import PoolConfig as PoolConfig
     from repopool_async.config import PoolOptions as PoolOptions
+    from repopool_async.config_hosts import HostSpec as HostSpec
     from repopool_async.events import Event as Event
     from repopool_async.exceptions import CleanupError as CleanupError
     from repopool_async.exceptions import CommandFailedError as CommandFailedError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import GitTimeoutError as GitTimeoutError
     from repopool_async.exceptions import GitTransientError as GitTransientError
     from repopool_async.exceptions import HostKeyError as HostKeyError
+    from repopool_async.exceptions import HostNotFoundError as HostNotFoundError
     from repopool_async.exceptions import HostUnreachableError as HostUnreachableError
     from repopool_async.exceptions import LeaseLostError as LeaseLostError
     from repopool_async.exceptions import LeaseReleasedError as LeaseReleasedError
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from repopool_async.exceptions import SalvageNotFoundError as SalvageNotFoundError
     from repopool_async.exceptions import SetupError as SetupError
     from repopool_async.exceptions import SlotAllocationError as SlotAllocationError
+    from repopool_async.exceptions import SlotElsewhereError as SlotElsewhereError
     from repopool_async.exceptions import SlotInUseError as SlotInUseError
     from repopool_async.exceptions import SlotNotFoundError as SlotNotFoundError
     from repopool_async.exceptions import StoreError as StoreError
@@ -109,6 +112,8 @@ _HOMES = {
     "GitTransientError": "repopool_async.exceptions",
     "Guard": "repopool_async.hosts.base",
     "HostKeyError": "repopool_async.exceptions",
+    "HostNotFoundError": "repopool_async.exceptions",
+    "HostSpec": "repopool_async.config_hosts",
     "HostUnreachableError": "repopool_async.exceptions",
     "Lease": "repopool_async.models",
     "LeaseEnd": "repopool_async.models",
@@ -145,6 +150,7 @@ _HOMES = {
     "SlotAllocationError": "repopool_async.exceptions",
     "SlotAllocator": "repopool_async.slot_allocator",
     "SlotCleaner": "repopool_async.slot_cleaner",
+    "SlotElsewhereError": "repopool_async.exceptions",
     "SlotInUseError": "repopool_async.exceptions",
     "SlotNotFoundError": "repopool_async.exceptions",
     "SlotState": "repopool_async.models",
@@ -186,6 +192,8 @@ __all__ = [
     "GitTransientError",
     "Guard",
     "HostKeyError",
+    "HostNotFoundError",
+    "HostSpec",
     "HostUnreachableError",
     "Lease",
     "LeaseEnd",
@@ -223,6 +231,7 @@ __all__ = [
     "SlotAllocationError",
     "SlotAllocator",
     "SlotCleaner",
+    "SlotElsewhereError",
     "SlotInUseError",
     "SlotNotFoundError",
     "SlotState",

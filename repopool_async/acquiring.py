@@ -7,6 +7,7 @@ business, what preparing one takes the cleaner's.
 import asyncio
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 import attrs
@@ -16,21 +17,27 @@ from repopool_async._aio import Deadline, Interruptions, shielded
 from repopool_async._clock import boottime
 from repopool_async._git_arguments import validate_branch_name
 from repopool_async._identity import new_lease_id
-from repopool_async.components import PoolContext
+from repopool_async.components import HostParts, PoolContext
 from repopool_async.coordination.base import Grant, Want
 from repopool_async.deadlocks import Deadlocks
 from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
     CleanupError,
+    HostUnreachableError,
+    LeaseLostError,
     ManagerClosedError,
     PoolNotFoundError,
     PoolTimeoutError,
     SlotAllocationError,
     TooManyRequestsError,
+    UnkillableError,
 )
+from repopool_async.fencing import enter
+from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
 from repopool_async.origins import Origin
+from repopool_async.refs import RefsSnapshot
 from repopool_async.releasing import Releaser
 from repopool_async.slot_keeper import SlotKeeper
 from repopool_async.wait_queue import WaitQueue
@@ -54,6 +61,8 @@ class _Attempt:
     waits_for_cleaning: bool
     ttl: float | None
     origin: Origin = attrs.field(init=False)
+    resolved_by: Mirror | None = None
+    seen: RefsSnapshot | None = None
     is_deadlock_told: bool = False
     phase: str = "fetch"
     started: float = attrs.field(factory=boottime)
@@ -116,26 +125,51 @@ class Acquirer:
             raise await self._timed_out(attempt) from None
 
     async def _try(self, attempt: _Attempt) -> OpenLease:
-        resolved = await self._resolve(attempt.ref)
+        resolved = await self._resolve(attempt)
         while True:
             attempt.phase = "queue"
             grant = await self._claim_in_turn(attempt, resolved)
             try:
                 attempt.phase = "fetch"
                 if boottime() - attempt.started > _STALE_WAIT_SECONDS:
-                    resolved = await self._resolve(attempt.ref)
+                    resolved = await self._resolve(attempt)
                 attempt.phase = "checkout"
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
                 await shielded(self._releaser.take_back(grant, error), name=f"take-back-{grant.slot.slot_id}")
-                if not isinstance(error, CleanupError) or is_passing(error):
+                if not self._is_worth_another_slot(error, grant.slot):
                     raise
                 attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
             else:
                 return opened
 
-    async def _resolve(self, ref: str | None) -> ResolvedRef:
-        mirror = self._pool.parts.mirror
+    def _is_worth_another_slot(self, error: BaseException, slot: Slot) -> bool:
+        """Return whether a slot, or its host, is to blame for what went wrong before the lessee had it."""
+        if isinstance(error, HostUnreachableError):
+            return True
+        if isinstance(error, LeaseLostError):
+            return self._pool.hosts.is_out(slot.host_id)  # parked meanwhile, by whomever
+        return isinstance(error, CleanupError | UnkillableError) and not is_passing(error)
+
+    async def _resolve(self, attempt: _Attempt) -> ResolvedRef:
+        """Say what a ref means, by the mirror on the first of the pool's hosts that answers."""
+        while True:
+            reference = await self._reference()
+            with suppress(HostUnreachableError):  # it is suspect now, so that another is the reference
+                async with self._pool.hosts.expected_to_answer(reference.host_id):
+                    resolved = await self._resolve_by(reference.mirror, attempt.ref)
+                    attempt.resolved_by, attempt.seen = reference.mirror, reference.mirror.seen
+                    return resolved
+
+    async def _reference(self) -> HostParts:
+        try:
+            return self._pool.reference
+        except HostUnreachableError:
+            if not await self._pool.hosts.settled():
+                raise
+        return self._pool.reference
+
+    async def _resolve_by(self, mirror: Mirror, ref: str | None) -> ResolvedRef:
         fetched = False
         if self._pool.options.fetch_on_allocate:
             fetched = await mirror.refresh(max_age=self._pool.options.fetch_max_age)
@@ -163,7 +197,7 @@ class Acquirer:
         """Wait for other processes' releases (our own wake us), in order of the processes' tickets."""
         coordinator, changed = self._pool.parts.coordinator, self._pool.changed
         delay, longest = coordinator.poll_seconds
-        want = Want(self._pool.name, **_asked(attempt, resolved))
+        want = Want(self._pool.name, **self._asked(attempt, resolved))
         async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
             while True:
                 self._refuse_if_closing()
@@ -176,25 +210,47 @@ class Acquirer:
                 delay = min(delay * 2, longest)
 
     async def _claim(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
-        asked = _asked(attempt, resolved)
+        asked = self._asked(attempt, resolved)
         return await self._pool.parts.coordinator.claim(self._pool.name, **asked, stand_back=True)
+
+    def _asked(self, attempt: _Attempt, resolved: ResolvedRef) -> dict[str, Any]:
+        """Return what is asked of the coordinator, now or in turn."""
+        return {
+            "lease_id": new_lease_id(),
+            "commit": resolved.commit,
+            "branch": resolved.branch,
+            "ref": resolved.asked,
+            "metadata": attempt.metadata,
+            "exclude_hosts": self._pool.hosts.unusable,
+            "detached_ttl": attempt.ttl,
+            "wait_seconds": boottime() - attempt.started,
+        }
 
     async def _look_around(self, attempt: _Attempt) -> None:
         """While nothing is free: recover what dead owners left, and give up where waiting cannot help."""
         if boottime() - self._keeper.last_recovery > _RECOVERY_SECONDS:
             await self._keeper.recover()
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
-        if all(slot.state is SlotState.ERROR for slot in slots):
-            reasons = "; ".join(f"{slot.slot_id}: {slot.error}" for slot in slots) or "it has none"
+        hosts = self._pool.hosts
+        if all(slot.state is SlotState.ERROR or hosts.is_closed(slot.host_id) for slot in slots):
+            reasons = "; ".join(self._why_not(slot) for slot in slots) or "it has none"
+            is_hosts = any(hosts.is_closed(slot.host_id) for slot in slots)
+            remedy = "`repopool hosts list` says more" if is_hosts else "repair_slot makes one usable again"
             raise SlotAllocationError(
-                f"{self._pool.name}: no slot can be leased ({reasons}); repair_slot makes one usable again",
+                f"{self._pool.name}: no slot can be leased ({reasons}); {remedy}",
                 repo_name=self._pool.name,
             )
         self._tell_deadlock(attempt, slots)
         # A cleaning may have ended since the claim found nothing: then the next claim will find it.
-        is_cleaning = any(slot.state in (SlotState.CLEANING, SlotState.AVAILABLE) for slot in slots)
+        coming = (SlotState.CLEANING, SlotState.AVAILABLE)
+        is_cleaning = any(slot.state in coming and slot.host_id not in hosts.unusable for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self._keeper.returning)):
             raise await self._timed_out(attempt, slots)
+
+    def _why_not(self, slot: Slot) -> str:
+        if slot.state is SlotState.ERROR:
+            return f"{slot.slot_id}: {slot.error}"
+        return f"{slot.slot_id}: its host {slot.host_id} is {self._pool.hosts.state(slot.host_id).condition}"
 
     async def _wait_for_change(self, seconds: float) -> None:
         try:
@@ -209,12 +265,18 @@ class Acquirer:
             branch=attempt.new_branch or resolved.branch,
             is_tracking=attempt.new_branch is None,
         )
-        if await self._pool.parts.cleaner.is_setup_due(grant.slot, checkout):
-            # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
-            lease = attrs.evolve(grant.lease, commit=checkout.commit)
-            wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
-            grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
-        result = await self._pool.parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+        parts = self._pool.parts.of(grant.slot)
+        async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
+            grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt))
+            if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
+                await parts.mirror.catch_up(attempt.seen, resolved)
+            if await parts.cleaner.is_setup_due(grant.slot, checkout):
+                # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
+                lease = attrs.evolve(grant.lease, commit=checkout.commit)
+                wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
+                grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
+            result = await parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+            inherited = None if parts.is_here else await parts.host.login_environment()
         lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
         if (lease, result.seal) != (grant.lease, grant.slot.seal):
             slot = attrs.evolve(grant.slot, lease=lease, seal=result.seal, last_branch=resolved.branch)
@@ -227,7 +289,12 @@ class Acquirer:
         self._pool.parts.emit(
             "slot.allocated", {"slot_id": grant.slot.slot_id, "lease_id": lease.lease_id, "wait_seconds": waited}
         )
-        return self._leases.open(grant, attempt.origin)
+        return self._leases.open(grant, attempt.origin, inherited)
+
+    def _session(self, attempt: _Attempt) -> str:
+        """Return in whose name a lease enters its slot: one that outlives this process is not this process's."""
+        session = self._pool.hosts.session
+        return session if attempt.ttl is None else f"{session}-detached"
 
     async def _timed_out(self, attempt: _Attempt, slots: list[Slot] | None = None) -> PoolTimeoutError:
         slots = slots if slots is not None else await self._pool.parts.coordinator.list_slots(self._pool.name)
@@ -316,16 +383,3 @@ def _retired(name: str) -> PoolNotFoundError:
         f"create_pool; delete_pool deletes it",
         repo_name=name,
     )
-
-
-def _asked(attempt: _Attempt, resolved: ResolvedRef) -> dict[str, Any]:
-    """Return what is asked of the coordinator, now or in turn."""
-    return {
-        "lease_id": new_lease_id(),
-        "commit": resolved.commit,
-        "branch": resolved.branch,
-        "ref": resolved.asked,
-        "metadata": attempt.metadata,
-        "detached_ttl": attempt.ttl,
-        "wait_seconds": boottime() - attempt.started,
-    }

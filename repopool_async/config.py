@@ -15,6 +15,7 @@ from typing import Any, Literal
 import attrs
 
 from repopool_async.config_fields import cleanup_flag, default_of, option, table_of
+from repopool_async.config_hosts import HostSpec, checked_hosts, chosen_hosts, read_host, refused_hosts
 from repopool_async.config_kinds import (
     COMMAND,
     DIRECTORY,
@@ -119,7 +120,7 @@ class PoolOptions:
         FLAG, False, "whether every return makes the tree anew, in inodes nobody holds open; it costs a check-out"
     )
     leak_warning: float | None = option(or_none(duration()), None, "age at which a lease's origin is reported")
-    hosts: tuple[str, ...] = option(list_of(TEXT), (), "machines that hold the slots")
+    hosts: tuple[str, ...] = option(list_of(TEXT), (), "hosts that hold the slots, by name or label; empty: local")
     coordination: str | None = option(or_none(SECRET_TEXT), None, "database that machines share", repr=False)
     webhooks: tuple[str, ...] = option(list_of(SECRET_TEXT), (), "URLs told of events", repr=False)
     git_timeout: float = option(duration(), 3600.0, "how long one git command may take")
@@ -234,6 +235,30 @@ def _all_urls(defaults: PoolOptions, pools: Mapping[str, PoolSpec]) -> dict[KeyP
     return urls
 
 
+def _refused_choices(
+    hosts: Mapping[str, HostSpec], defaults: PoolOptions, pools: Mapping[str, PoolSpec]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield where a pool asks for a host that there is not, and why that is refused."""
+    asked: dict[KeyPath, tuple[str, ...]] = {("defaults", "hosts"): defaults.hosts}
+    for name, spec in pools.items():
+        if spec.options.hosts != defaults.hosts:
+            asked["pools", name, "hosts"] = spec.options.hosts
+    for path, words in asked.items():
+        try:
+            chosen_hosts(words, hosts)
+        except ConfigError as refusal:
+            yield inside(path, refusal), refusal.message
+
+
+def _refused(
+    hosts: Mapping[str, HostSpec], defaults: PoolOptions, pools: Mapping[str, PoolSpec], allowed: Sequence[str]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what makes no sense together: where it stands, and why."""
+    yield from refused_hosts(hosts)
+    yield from _refused_choices(hosts, defaults, pools)
+    yield from _refused_urls(_all_urls(defaults, pools), allowed)
+
+
 def _copied(pools: Mapping[str, PoolSpec]) -> dict[str, PoolSpec]:
     return dict(pools)
 
@@ -251,6 +276,7 @@ class PoolConfig:
     Attributes:
         workspaces_dir: where everything lies; absolute. By default `REPOPOOL_WORKSPACES_DIR` from the environment, else
             the platform's user data directory.
+        hosts: the machines that can hold slots besides the manager's own, by name.
         defaults: what pools are told that nothing else is said of. pools: those that come up at start, by name.
         source: the file all this came from.
     """
@@ -260,6 +286,7 @@ class PoolConfig:
         converter=_workspaces_dir,
         metadata={"kind": DIRECTORY, "help": "where everything lies; relative to the file's directory"},
     )
+    hosts: Mapping[str, HostSpec] = attrs.field(factory=dict, converter=checked_hosts, kw_only=True)
     defaults: PoolOptions = attrs.field(factory=PoolOptions, kw_only=True)
     pools: Mapping[str, PoolSpec] = attrs.field(factory=dict, converter=_copied, kw_only=True)
     allow_network_filesystem: bool = option(FLAG, False, "whether workspaces_dir may lie on a network file system")
@@ -279,11 +306,11 @@ class PoolConfig:
     source: Path | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        """Refuse pools under another name than their own, and URLs that the protocols rule out."""
+        """Refuse pools and hosts under another name than their own, and what makes no sense together."""
         for name, spec in self.pools.items():
             if name != spec.repo_name:
                 raise located(f"expected the pool's own name, {shown(spec.repo_name)}", ("pools", name))
-        for path, text in _refused_urls(_all_urls(self.defaults, self.pools), self.allow_protocols):
+        for path, text in _refused(self.hosts, self.defaults, self.pools, self.allow_protocols):
             raise located(text, path)
 
     @classmethod
@@ -378,17 +405,20 @@ def _pool(reader: Reader, name: str, body: object, defaults: PoolOptions) -> Poo
 
 def _config(reader: Reader, root: object) -> PoolConfig:
     top = reader.section(root, ())
-    values = reader.values(_beside_source(reader.source, top), (), table_of(PoolConfig), "defaults", "pools")
+    values = reader.values(_beside_source(reader.source, top), (), table_of(PoolConfig), "hosts", "defaults", "pools")
+    known = [read_host(reader, name, body) for name, body in reader.section(top.get("hosts"), ("hosts",)).items()]
+    hosts = {spec.name: spec for spec in known if spec is not None}
     path = ("defaults",)
     defaults = _options(reader, reader.section(top.get("defaults"), path), path, PoolOptions())
     bodies = reader.section(top.get("pools"), ("pools",))
     specs = [_pool(reader, name, body, defaults) for name, body in bodies.items()]
     pools = {spec.repo_name: spec for spec in specs if spec is not None}
     allowed = values.get("allow_protocols", default_of(attrs.fields_dict(PoolConfig)["allow_protocols"]))
-    for where, text in _refused_urls(_all_urls(defaults, pools), allowed):
+    is_readable = None not in known  # what refers to a host that was refused is not wrong itself
+    for where, text in _refused(hosts, defaults, pools, allowed) if is_readable else ():
         reader.refuse(where, text)
     reader.finish()
-    return PoolConfig(defaults=defaults, pools=pools, source=reader.source, **values)
+    return PoolConfig(hosts=hosts, defaults=defaults, pools=pools, source=reader.source, **values)
 
 
 def _beside_source(source: Path | None, top: Mapping[str, Any]) -> Mapping[str, Any]:

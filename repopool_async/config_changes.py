@@ -14,6 +14,7 @@ from repopool_async.config import PoolConfig, PoolOptions, PoolSpec
 READ_AT_USE: Final = frozenset(
     {
         "num_slots",
+        "hosts",
         "default_ref",
         "fetch_on_allocate",
         "clean_on_release",
@@ -32,7 +33,7 @@ READ_AT_USE: Final = frozenset(
 )
 """Per-pool options that are looked up whenever they matter; any other needs the pool's components made anew."""
 
-_APPLIED_AT_TOP: Final = frozenset({"defaults", "pools", "source", "close_timeout", "janitor_interval"})
+_APPLIED_AT_TOP: Final = frozenset({"hosts", "defaults", "pools", "source", "close_timeout", "janitor_interval"})
 
 
 @attrs.frozen

@@ -59,7 +59,8 @@ def _kind(expected: str, is_right: Callable[[Any], bool], store: Callable[[Any],
     return Kind(expected, convert, store)
 
 
-def _text_kind(expected: str, is_right: Callable[[str], bool], store: Callable[[Any], Any] = _same) -> Kind:
+def text_kind(expected: str, is_right: Callable[[str], bool], store: Callable[[Any], Any] = _same) -> Kind:
+    """Return the kind of text that is right."""
     return _kind(expected, lambda value: isinstance(value, str) and is_right(value), store)
 
 
@@ -97,7 +98,7 @@ def _bytes(value: Any) -> int:
 
 def choice(*words: str) -> Kind:
     """Return the kind of these words."""
-    return _text_kind(" or ".join(map(shown, words)), lambda value: value in words)
+    return text_kind(" or ".join(map(shown, words)), lambda value: value in words)
 
 
 def or_none(kind: Kind) -> Kind:
@@ -205,13 +206,13 @@ def without_any_credentials(urls: Mapping[str, str]) -> dict[str, str]:
 
 
 FLAG: Final = _kind("true or false", lambda value: isinstance(value, bool))
-TEXT: Final = _text_kind("text", _is_plain)
-SECRET_TEXT: Final = _text_kind("text", _is_plain, without_credentials)
-REF: Final = _text_kind(
+TEXT: Final = text_kind("text", _is_plain)
+SECRET_TEXT: Final = text_kind("text", _is_plain, without_credentials)
+REF: Final = text_kind(
     "a branch, tag or commit (quoted, if it looks like a number)", lambda v: not _BAD_IN_REF.search(v)
 )
 SIZE_LIMIT: Final = Kind(EXPECTED_SIZE, _bytes)
-INNER_PATHS: Final = list_of(_text_kind("a relative path inside the repository, without .. or .git", _is_inner_path))
+INNER_PATHS: Final = list_of(text_kind("a relative path inside the repository, without .. or .git", _is_inner_path))
 URL: Final = Kind("the URL or path of a repository", checked_url, without_credentials)
 REMOTES: Final = Kind("a mapping of remote names to URLs", _remotes, without_any_credentials)
 COMMAND: Final = Kind("a command, as a list of words or as text to be split into words (no shell)", _argv, list)

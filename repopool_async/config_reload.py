@@ -112,6 +112,7 @@ class ConfigReload:
         """Begin to make a configuration true. No suspension: it is in force as a whole or not at all."""
         change = compare(self._shared.config, config)
         self._shared.config = config
+        self._shared.hosts.declare(config.hosts)
         self._janitor.interval_seconds = config.janitor_interval
         for name in change.removed:
             self._configured.remove(name)

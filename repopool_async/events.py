@@ -32,8 +32,19 @@ _WARNINGS: Final = (
     "lease.unconfirmed",
     "session.lost",
     "pool.over_disk_limit",
+    "pool.short",
+    "host.parked",
+    "slot.files_left",
 )
-_NOTICES: Final = ("config.applied", "pool.drained", "janitor.swept", "slot.repairing", "slot.removed", "slot.added")
+_NOTICES: Final = (
+    "config.applied",
+    "pool.drained",
+    "janitor.swept",
+    "slot.repairing",
+    "slot.removed",
+    "slot.added",
+    "host.resumed",
+)
 _BACKLOG: Final = 1000
 
 

@@ -76,6 +76,14 @@ class SlotNotFoundError(PoolManagerError, LookupError):
     """There is no slot of that id."""
 
 
+class HostNotFoundError(PoolManagerError, LookupError):
+    """There is no host of that name."""
+
+
+class SlotElsewhereError(PoolManagerError, TypeError):
+    """A slot on another machine was used as a path on this one."""
+
+
 class SlotInUseError(PoolManagerError):
     """The slot is leased."""
 

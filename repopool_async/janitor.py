@@ -7,7 +7,6 @@ Everything it does is reported as an event. It decides nothing about a single sl
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -15,7 +14,6 @@ from repopool_async._aio import TaskSet, in_thread
 from repopool_async._clock import boottime, now
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import LockTimeoutError, PoolManagerError
-from repopool_async.hosts.base import Host
 from repopool_async.housekeeping import LeftOver, left_overs, remove
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS
@@ -33,7 +31,6 @@ _LOCK_SECONDS: Final = 10.0
 _REPAIR_SECONDS: Final = (60.0, 3600.0)
 """The first and the longest pause between attempts to repair a slot that does not stay repaired."""
 _DISK_CHECK_SECONDS: Final = 300.0
-_DISK_TIMEOUT_SECONDS: Final = 600.0
 
 
 class SweepReport(list[str]):
@@ -79,14 +76,12 @@ class Janitor:
         self,
         pools: Callable[[], Iterable[RepoPool]],
         *,
-        host: Host,
         store: SlotStore,
         locks: LockManager,
         emit: Callable[[str, Mapping[str, Any]], None],
         interval_seconds: float,
     ) -> None:
         self._pools = pools
-        self._host = host
         self._store = store
         self._locks = locks
         self._emit = emit
@@ -146,7 +141,7 @@ class Janitor:
         report.stale_locks = await self._locks.cleanup_stale_locks(spared_prefix=(MIRROR_LOCKS, SALVAGE_LOCKS))
         for pool in list(self._pools()):
             try:
-                await pool.keeper.tidy_salvage()
+                await pool.keeper.chores.tidy_salvage()
                 await self._warn_of_long_leases(pool)
                 report.expired += await self._end_too_long_leases(pool)
                 report.removed += await self._remove_left_overs(pool)
@@ -223,6 +218,8 @@ class Janitor:
                 if boottime() > not_before + _REPAIR_SECONDS[1]:
                     self._repairs.pop(slot.slot_id, None)
                 continue
+            if not pool.can_be_reached(slot):
+                continue
             if (is_asked or boottime() >= not_before) and await pool.keeper.repair_later(slot.slot_id):
                 pause = min(_REPAIR_SECONDS[0] * 2**tries, _REPAIR_SECONDS[1])
                 self._repairs[slot.slot_id] = (tries + 1, boottime() + pause)
@@ -243,12 +240,12 @@ class Janitor:
             return False
         if not (is_asked or is_due):
             return pool.name in self._over_limit
-        used = found = await self._disk_usage(pool)
+        used = found = await pool.keeper.chores.disk_usage()
         self._measured[pool.name] = boottime()
         for free in (self._empty_trash, _drop_quarantined_trees, _trim):
             if used > limit:
                 await free(pool)
-                used = await self._disk_usage(pool)
+                used = await pool.keeper.chores.disk_usage()
         if found > limit:
             fields = {"repo_name": pool.name, "bytes": found, "limit": limit, "bytes_after": used}
             self._emit("pool.over_disk_limit", fields)
@@ -256,23 +253,9 @@ class Janitor:
         (self._over_limit.add if is_over else self._over_limit.discard)(pool.name)
         return is_over
 
-    async def _disk_usage(self, pool: RepoPool) -> int:
-        """Return the bytes of disk that a pool's directory uses, by `du`, which sees what users see."""
-        argv = ["du", "-skx", "--", self._store.pool_directory(pool.name)]
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-        result = await self._host.run(argv, env=environment, timeout=_DISK_TIMEOUT_SECONDS)
-        words = result.text.split()
-        if not words or not words[0].isdigit():  # what vanishes while it walks makes it fail, and is no failure
-            raise OSError(f"du says nothing about {argv[-1]}: {result.stderr.decode(errors='replace')[:200]}")
-        return int(words[0]) * 1024
-
     async def _empty_trash(self, pool: RepoPool) -> None:
-        trash = str(self._store.trash_path(pool.name))
-        for name in await self._host.list_directory(trash):
-            try:
-                await self._host.remove_tree(f"{trash}/{name}")
-            except OSError as error:
-                _log.warning("%s: cannot delete %s/%s: %s", pool.name, trash, name, error)
+        for failure in await pool.keeper.chores.empty_trash():
+            _log.warning("%s: %s", pool.name, failure)
 
     async def _sweep_for_ever(self) -> None:
         while True:

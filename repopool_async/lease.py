@@ -6,15 +6,15 @@ and giving back are the pool's business; only the pool makes these objects.
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, final
 
 from repopool_async._git import LOCATION_VARIABLES
-from repopool_async.exceptions import CommandFailedError, LeaseReleasedError
+from repopool_async.exceptions import CommandFailedError, FencedError, LeaseReleasedError, SlotElsewhereError
 from repopool_async.git_operations import GitOperations
-from repopool_async.hosts.base import Host, HostProcess
+from repopool_async.hosts.base import Guard, Host, HostProcess
 from repopool_async.models import CommandResult, GitResult, Lease, Slot
 from repopool_async.slot_cleaner import LEASE_MARK
 
@@ -25,11 +25,11 @@ _OUTPUT_LIMIT: Final = 64 * 1024 * 1024
 class LeasedSlot:
     """A leased slot, from `lease()` or `allocate_slot()`.
 
-    Usable as a path (`os.fspath`, `open(slot / ...)` through `slot.path`). After the lease has ended everything but the
-    identifying attributes raises `LeaseReleasedError`.
+    Usable as a path on the slot's host (`os.fspath`, `open(slot / ...)` through `slot.path`). After the lease has ended
+    everything but the identifying attributes raises `LeaseReleasedError`.
 
     Attributes:
-        slot_id, lease_id, token, repo_name, metadata: who it is; they stay readable.
+        slot_id, lease_id, token, repo_name, host_id, metadata: who it is, and on which host; they stay readable.
         commit: the full id that HEAD was at when the lease began. branch: the local branch then, None when detached.
         lost: set once the lease has been taken away.
     """
@@ -43,9 +43,12 @@ class LeasedSlot:
         git: GitOperations,
         renew: Callable[[float | None], Coroutine[Any, Any, Lease]],
         inherited: Mapping[str, str] | None = None,
+        is_here: bool = True,
+        guard: Guard | None = None,
     ) -> None:
         self.slot_id: Final = slot.slot_id
         self.repo_name: Final = slot.repo_name
+        self.host_id: Final = slot.host_id
         self.lease_id: Final = lease.lease_id
         self.token: Final = lease.token
         self.commit: Final = lease.commit or ""
@@ -57,6 +60,8 @@ class LeasedSlot:
         self._git = GitOperations(runner=git.runner.with_environment(**self._marks()))
         self._renew = renew
         self._inherited = inherited
+        self._is_here = is_here
+        self._guard = guard
         self._is_released = False
 
     def __repr__(self) -> str:
@@ -64,11 +69,19 @@ class LeasedSlot:
         return f"<LeasedSlot {self.slot_id} at {self.branch or 'detached'} {self.commit[:12]} [{state}]>"
 
     def __fspath__(self) -> str:
-        return self._alive()
+        tree = self._alive()
+        if not self._is_here:
+            raise SlotElsewhereError(
+                f"{self.slot_id}: {tree} is a path on host {self.host_id}, not on this machine; use run() and "
+                f"open_process(), which run there",
+                slot_id=self.slot_id,
+                repo_name=self.repo_name,
+            )
+        return tree
 
     @property
     def path(self) -> Path:
-        """The working tree."""
+        """The working tree, as it is called on the slot's host."""
         return Path(self._alive())
 
     @property
@@ -97,20 +110,23 @@ class LeasedSlot:
 
         Raises:
             CommandFailedError: the exit code was not 0. CommandTimeoutError: it took too long; it has been killed.
-            LeaseReleasedError: the lease has ended. OSError: the command cannot be started.
+            LeaseLostError: the slot's host knows of a later lease; nothing was run. HostUnreachableError: it does not
+            answer. LeaseReleasedError: the lease has ended. OSError: the command cannot be started.
 
         Cancelling kills the process group and waits for its end.
         """
         arguments = [os.fspath(argument) for argument in argv]
         if capture:
-            result = await self._host.run(
-                arguments,
-                env=self._environment(env),
-                cwd=self._alive(),
-                input=input,
-                timeout=timeout,
-                stdout_limit=_OUTPUT_LIMIT,
-            )
+            with self._noticing_loss():
+                result = await self._host.run(
+                    arguments,
+                    env=self._environment(env),
+                    cwd=self._alive(),
+                    input=input,
+                    timeout=timeout,
+                    stdout_limit=_OUTPUT_LIMIT,
+                    guard=self._guard,
+                )
         else:
             result = await self._run_inherited(arguments, timeout=timeout, env=env, input=input)
         if check and result.exit_code != 0:
@@ -133,9 +149,25 @@ class LeasedSlot:
             LeaseReleasedError: the lease has ended. OSError, on entering: the command cannot be started.
         """
         arguments = [os.fspath(argument) for argument in argv]
-        return self._host.open_process(
-            arguments, env=self._environment(env), cwd=self._alive(), stdin=stdin, inherit=inherit
+        opened = self._host.open_process(
+            arguments, env=self._environment(env), cwd=self._alive(), stdin=stdin, inherit=inherit, guard=self._guard
         )
+        return self._opened(opened)
+
+    @asynccontextmanager
+    async def _opened(self, process: AbstractAsyncContextManager[HostProcess]) -> AsyncIterator[HostProcess]:
+        async with AsyncExitStack() as stack:
+            with self._noticing_loss():
+                entered = await stack.enter_async_context(process)
+            yield entered
+
+    @contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except FencedError:
+            self.lost.set()
+            raise
 
     async def renew(self, ttl: float | None = None) -> None:
         """Extend a detached lease; confirm any other.

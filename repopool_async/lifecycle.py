@@ -13,6 +13,7 @@ from repopool_async.assembly import Shared
 from repopool_async.config_reload import ConfigReload
 from repopool_async.configured_pools import ConfiguredPools
 from repopool_async.exceptions import ManagerClosedError
+from repopool_async.host_watch import HostWatch
 from repopool_async.janitor import Janitor
 from repopool_async.pool_registry import PoolRegistry
 from repopool_async.preflight import check_machine
@@ -33,7 +34,9 @@ class Lifecycle:
         registry: PoolRegistry,
         configured: ConfiguredPools,
         reloading: ConfigReload,
+        *,
         janitor: Janitor,
+        watch: HostWatch,
     ) -> None:
         self.state = "new"
         self._shared = shared
@@ -41,6 +44,7 @@ class Lifecycle:
         self._configured = configured
         self._reloading = reloading
         self._janitor = janitor
+        self._watch = watch
         self._transition = asyncio.Lock()
         self._interruptions = Interruptions()
 
@@ -65,7 +69,8 @@ class Lifecycle:
 
     async def _open(self) -> None:
         try:
-            await check_machine(self._shared.host, self._shared.config, str(self._shared.store.locks_directory))
+            await check_machine(self._shared.own.host, self._shared.config, str(self._shared.store.locks_directory))
+            await self._shared.hosts.refresh()
             await self._registry.adopt_all()
             await self._janitor.start()
         except BaseException:
@@ -74,6 +79,7 @@ class Lifecycle:
             self._shared.bus.close()
             raise
         self.state = "open"
+        self._watch.start()
         self._configured.start()
         self._reloading.start()
 
@@ -104,6 +110,8 @@ class Lifecycle:
         await self._reloading.stop()
         await self._configured.stop()
         await self._janitor.stop()
+        await self._watch.stop()
+        await self._shared.hosts.aclose()
         await together(*[lambda pool=pool: pool.close(deadline) for pool in self._registry])
         with suppress(TimeoutError):
             async with deadline.limit():

@@ -25,6 +25,7 @@ from repopool_async.exceptions import (
     GitOperationError,
     GitSlotDamagedError,
     ManagerClosedError,
+    UnknownRefError,
 )
 from repopool_async.hosts.base import FileStat, Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.lock_manager import LockManager
@@ -32,6 +33,7 @@ from repopool_async.mirror_blobs import MirrorBlobs
 from repopool_async.mirror_builder import MirrorBuilder
 from repopool_async.mirror_git import PROMISES, MirrorGit
 from repopool_async.mirror_snapshots import MirrorSnapshots, MirrorState
+from repopool_async.mirror_sources import MirrorSource, Upstream
 from repopool_async.models import ResolvedRef
 from repopool_async.ref_resolver import RefResolver
 from repopool_async.refs import RefsSnapshot
@@ -74,6 +76,7 @@ class Mirror:
         repo_name: for messages and the name of the lock. lock_id: another name for the lock.
         is_blobless: fetch file contents only when a check-out needs them.
         trash: where a replaced mirror goes; `trash` beside it where missing.
+        upstream: another host's mirror of the same repository, which is fetched from instead of the origin.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Mirror:
         is_blobless: bool = False,
         lock_id: str | None = None,
         trash: str | None = None,
+        upstream: Upstream | None = None,
     ) -> None:
         self.path = path
         self.url = url
@@ -98,8 +102,9 @@ class Mirror:
         self._blobs = MirrorBlobs(self._git)
         self._snapshots = MirrorSnapshots(host, self._git)
         self._trash = trash or f"{path.rpartition('/')[0]}/trash"
-        self._builder = MirrorBuilder(host, self._git, self._snapshots, trash=self._trash)
-        self._resolver = RefResolver(self._git, snapshot=self.snapshot, fetch_ref=self._fetch_ref)
+        self._source = MirrorSource(self._git, upstream)
+        self._builder = MirrorBuilder(host, self._git, self._snapshots, self._source, trash=self._trash)
+        self._resolver = RefResolver(self._git, snapshot=self.snapshot, fetch_ref=self.fetch_ref)
         self._locks = locks
         self._repo_name = repo_name
         self._tasks = TaskSet(f"mirror-{repo_name}", on_error=_told_to_waiters)
@@ -168,20 +173,22 @@ class Mirror:
         if await self._git.find_damage():
             await self.rebuild()
 
-    async def fetch(self) -> None:
+    async def fetch(self, *, as_of: float | None = None) -> None:
         """Bring the mirror up to date with all its remotes, sharing one git with everybody who asks at the same time.
 
-        What the remotes had when this was called, or newer, is there afterwards. Cancelling one of several waiters
+        What the remotes had when this was called (or `as_of`, seconds since boot), or newer, is there afterwards.
+        Cancelling one of several waiters
         leaves the fetch to the others; cancelling the last ends it and its processes.
 
         Raises:
             GitOperationError: the fetch failed, after the attempts that made sense.
         """
+        wanted = boottime() if as_of is None else as_of
         flight = self._flight
         if flight is None or not flight.is_joinable:
-            flight = self._flight = _Flight(last_request=boottime())
+            flight = self._flight = _Flight(last_request=wanted)
             flight.task = self._tasks.spawn(self._fly(flight), name=f"fetch-{self._repo_name}")
-        flight.last_request = boottime()
+        flight.last_request = max(flight.last_request, wanted)
         flight.waiters += 1
         task = flight.task
         assert task is not None
@@ -238,6 +245,47 @@ class Mirror:
             RefError: the text cannot be a ref. UnknownRefError: nothing of that name; it lists the nearest ones.
         """
         return await self._resolver.resolve(ref)
+
+    async def bring(self, as_of: float) -> float:
+        """Have here what the remotes had at a moment (seconds since boot), or newer; returns of which moment it is.
+
+        Raises:
+            GitOperationError: the mirror could not be built or fetched.
+        """
+        await self.ensure()
+        state = await self._snapshots.state()
+        if state is None or state.boot_id != boot_id() or state.spawned_boottime < as_of:
+            await self.fetch(as_of=as_of)
+            state = await self._snapshots.state()
+        return _LONG_AGO if state is None else state.spawned_boottime
+
+    async def catch_up(self, seen: RefsSnapshot, resolved: ResolvedRef) -> None:
+        """Have a commit here that another mirror of the repository resolved, and refs not older than it saw.
+
+        Fetches only where one of them is missing.
+
+        Args:
+            seen: the other mirror's refs when it did.
+
+        Raises:
+            UnknownRefError: the commit is not to be had. GitOperationError: the mirror could not be built or fetched.
+        """
+        own = await self.snapshot()
+        is_older = seen.boot_id != own.boot_id or own.spawned_boottime < seen.spawned_boottime
+        if own.generation != seen.generation and is_older:
+            is_known = seen.boot_id == boot_id()  # otherwise its clock says nothing here
+            await self.fetch(as_of=seen.spawned_boottime if is_known else None)
+            own = await self.snapshot()
+        if not own.has_commit(resolved.commit) and await self._git.peel(resolved.commit) is None:
+            try:
+                await self._resolver.resolve_commit(resolved.commit)
+            except UnknownRefError:
+                await self._resolver.resolve(resolved.asked)  # servers give some refs only by their names
+
+    @property
+    def seen(self) -> RefsSnapshot | None:
+        """The refs that the last look found, without any I/O."""
+        return self._snapshot
 
     async def obtain(self, commit: str) -> None:
         """Have a commit here; the remote is asked only while it is missing.
@@ -351,7 +399,7 @@ class Mirror:
             async with self._alone():
                 state = await self._snapshots.state() or await self._mend()
                 if state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
-                    await self._fetch_now(state)
+                    await self._fetch_now(state, flight.last_request)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
@@ -374,18 +422,18 @@ class Mirror:
             found += [path] if name.endswith(".lock") else await self._locks_below(path)
         return found
 
-    async def _fetch_now(self, state: MirrorState) -> None:
-        spawned = boottime()
+    async def _fetch_now(self, state: MirrorState, as_of: float) -> None:
         self.fetch_count += 1
         if await self._has_all(state):
             await self._snapshots.confirm(state, spawned=spawned)
             return
         with_head = state.head is not None
         try:
-            await together(
-                lambda: self._git.fetch_origin(with_head=with_head), lambda: self._git.fetch_remotes(self.path)
-            )
-            await self._snapshots.take(self.path, spawned=spawned, known=state)
+            async with self._source.opened(as_of) as spawned:
+                await together(
+                    lambda: self._git.fetch_origin(with_head=with_head), lambda: self._git.fetch_remotes(self.path)
+                )
+                await self._snapshots.take(self.path, spawned=spawned, known=state)
         except _DAMAGE as error:
             await self._build_after(error)
 
@@ -410,14 +458,24 @@ class Mirror:
         await self._build()
         self._built_at = boottime()
 
-    async def _fetch_ref(self, source: str, target: str) -> None:
-        """Fetch one ref or commit that no refspec covers, into a ref of ours, alone."""
+    async def fetch_ref(self, source: str, target: str) -> None:
+        """Fetch one ref or commit that no refspec covers, into a ref of ours, alone.
+
+        Raises:
+            GitRefMissingError: the remote does not have it.
+        """
+        await self.ensure()
+        named = await self._source.bring_ref(source, target)
         async with self._turn, self._alone():
             try:
-                await self._git.fetch_ref(source, target)
+                await self._fetch_ref_now(named, target)
             except _DAMAGE as error:
                 await self._build_after(error)
-                await self._git.fetch_ref(source, target)
+                await self._fetch_ref_now(named, target)
+
+    async def _fetch_ref_now(self, source: str, target: str) -> None:
+        async with self._source.opened(_LONG_AGO):
+            await self._git.fetch_ref(source, target)
 
     # -- the snapshot --------------------------------------------------------------------------------------------
 

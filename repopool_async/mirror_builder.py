@@ -10,13 +10,13 @@ from typing import Final
 
 import anyio
 
-from repopool_async._clock import boottime
 from repopool_async._git import WORK_MARK
 from repopool_async.exceptions import GitOperationError
 from repopool_async.hosts.base import Discard, Host, MakeDirectory, Rename
 from repopool_async.mirror_git import MirrorGit
 from repopool_async.mirror_repair import Carried, carry_over
 from repopool_async.mirror_snapshots import MirrorSnapshots
+from repopool_async.mirror_sources import MirrorSource
 
 _log: Final = logging.getLogger("repopool")
 
@@ -28,10 +28,13 @@ class MirrorBuilder:
         trash: where a replaced one goes.
     """
 
-    def __init__(self, host: Host, git: MirrorGit, snapshots: MirrorSnapshots, *, trash: str) -> None:
+    def __init__(
+        self, host: Host, git: MirrorGit, snapshots: MirrorSnapshots, source: MirrorSource, *, trash: str
+    ) -> None:
         self._host = host
         self._git = git
         self._snapshots = snapshots
+        self._source = source
         self._trash = trash
         self._path = git.path
 
@@ -51,8 +54,8 @@ class MirrorBuilder:
         await self._sweep_abandoned(pool_directory)
         built = False
         try:
-            spawned = boottime()
-            await self._git.clone(temporary)
+            async with self._source.opened(None) as spawned:
+                await self._git.clone(temporary)
             await self._carry_over(temporary)
             await self._snapshots.take(temporary, spawned=spawned)
             await self._host.apply(

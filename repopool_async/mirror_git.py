@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
+import attrs
+
 from repopool_async._aio import together
 from repopool_async._git import WORK_MARK, GitRunner, with_config
 from repopool_async.exceptions import EmptyRepositoryError, GitOperationError, GitRefMissingError
@@ -35,6 +37,18 @@ _MANY_PACKS: Final = 50
 _log: Final = logging.getLogger("repopool")
 
 
+@attrs.frozen
+class Source:
+    """Where a mirror is cloned and fetched from now.
+
+    Attributes:
+        url: of another mirror; empty for the origin itself. environment: further variables that git needs for it.
+    """
+
+    url: str = ""
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+
+
 class MirrorGit:
     """Git on one mirror, or on the directory that is to become it.
 
@@ -43,6 +57,7 @@ class MirrorGit:
 
     Attributes:
         path: where the mirror lies. url: of `origin`. remotes: further remotes, name to URL.
+        source: where it fetches from; replaced under the mirror's lock.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class MirrorGit:
         self.url = url
         self.remotes = remotes
         self.repo_name = repo_name
+        self.source = Source()
         self._known_remotes: dict[str, str] = {}
 
     @property
@@ -100,10 +116,13 @@ class MirrorGit:
             GitOperationError: that failed. EmptyRepositoryError: origin has no commits.
         """
         # Objects are copied, never linked: somebody who writes into the source must not write into the mirror.
+        url = self.source.url or self.url
         done = await self.runner.run(
-            "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(), "--end-of-options",
-            self.url, directory, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},
+            "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(url), "--end-of-options",
+            url, directory, retry=True, repo_name=self.repo_name, env=self._network_environment(),
         )  # fmt: skip
+        if url != self.url:
+            await self.run("config", "remote.origin.url", self.url, git_dir=directory)
         if self.is_blobless:
             await self._forget_promises(directory)
             if "filtering not recognized" in done.stderr:
@@ -118,12 +137,15 @@ class MirrorGit:
             await self.run("config", key, value, git_dir=directory)
         await self.fetch_remotes(directory)
 
-    def _locality(self) -> tuple[str, ...]:
+    def _network_environment(self) -> dict[str, str]:
+        return {**self.source.environment, WORK_MARK: self.path}
+
+    def _locality(self, url: str) -> tuple[str, ...]:
         """Say how the source is copied: one that borrows objects itself must be transferred; and how much of it."""
         if self.is_blobless:
             return ("--no-local", f"--filter={PROMISES['remote.origin.partialCloneFilter']}")
-        borrows = self.url.startswith("/") and any(
-            os.path.exists(f"{self.url}/{name}objects/info/alternates")  # noqa: PTH110 - the source, not a slot
+        borrows = url.startswith("/") and any(
+            os.path.exists(f"{url}/{name}objects/info/alternates")  # noqa: PTH110 - the source, not a slot
             for name in ("", ".git/")
         )
         return ("--no-local",) if borrows else ()
@@ -180,13 +202,17 @@ class MirrorGit:
         """Fetch the branches, the tags and, `with_head`, what the remote's HEAD is."""
         refspecs = [_HEADS, _TAGS, f"+HEAD:{REMOTE_HEAD}"] if with_head else [_HEADS, _TAGS]
         try:
-            await self._fetch_from("origin", refspecs, self.path)
+            await self._fetch_from(self.source.url or "origin", refspecs, self.path)
         except GitRefMissingError:
             # The remote's HEAD has gone (its branch was deleted); its branches are still worth having.
-            await self._fetch_from("origin", refspecs[:2], self.path)
+            await self._fetch_from(self.source.url or "origin", refspecs[:2], self.path)
 
     async def fetch_remotes(self, directory: str) -> None:
-        """Fetch the branches of the further remotes."""
+        """Fetch the branches of the further remotes; another mirror has fetched them already."""
+        if self.source.url:
+            if self.remotes:
+                await self._fetch_from(self.source.url, ["+refs/remotes/*:refs/remotes/*"], directory)
+            return
 
         # Side by side is safe here: each remote has refs of its own, and git waits for the lock of packed-refs.
         def fetching(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
@@ -209,7 +235,7 @@ class MirrorGit:
         await self._promising.run(
             "fetch", "--prune", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--progress",
             "--no-recurse-submodules", "--update-shallow", "--end-of-options", remote, *refspecs,
-            git_dir=directory, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},
+            git_dir=directory, retry=True, repo_name=self.repo_name, env=self._network_environment(),
         )  # fmt: skip
 
     async def fetch_ref(self, source: str, target: str) -> None:
@@ -220,6 +246,6 @@ class MirrorGit:
         """
         await self._promising.run(
             "fetch", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance", "--no-recurse-submodules",
-            "--progress", "--update-shallow", "--end-of-options", "origin", f"+{source}:{target}",
-            git_dir=self.path, retry=True, repo_name=self.repo_name, env={WORK_MARK: self.path},
+            "--progress", "--update-shallow", "--end-of-options", self.source.url or "origin", f"+{source}:{target}",
+            git_dir=self.path, retry=True, repo_name=self.repo_name, env=self._network_environment(),
         )  # fmt: skip

@@ -91,6 +91,8 @@ class MirrorSnapshots:
             head=state.head,
             object_format=state.object_format,
             build=state.build,
+            boot_id=state.boot_id,
+            spawned_boottime=state.spawned_boottime,
         )
 
     async def take(self, directory: str, *, spawned: float, known: MirrorState | None = None) -> None:
@@ -161,8 +163,8 @@ class MirrorSnapshots:
         if known.default_branch and refs.get(f"refs/heads/{known.default_branch}") == head:
             return known.default_branch, head
         advertised = await self._git.runner.run(
-            "ls-remote", "--symref", "--end-of-options", "origin", "HEAD",
-            git_dir=directory, retry=True, repo_name=self._git.repo_name,
+            "ls-remote", "--symref", "--end-of-options", self._git.source.url or "origin", "HEAD",
+            git_dir=directory, retry=True, repo_name=self._git.repo_name, env=self._git.source.environment,
         )  # fmt: skip
         match = re.search(r"^ref: refs/heads/(\S+)\tHEAD$", advertised.text, re.MULTILINE)
         branch_name = match[1] if match and f"refs/heads/{match[1]}" in refs else None

@@ -14,6 +14,8 @@ from typing import Any, Final, Self
 import attrs
 
 SCHEMA_VERSION: Final = 1
+LOCAL_HOST: Final = "local"
+"""The host that the manager itself runs on, with the manager's own workspaces directory."""
 
 _SLOT_ID: Final = re.compile(r"workspace-(?P<repo>.+)-slot(?P<number>[1-9][0-9]*)")
 
@@ -130,7 +132,7 @@ class Slot:
 
     Attributes:
         slot_id: `workspace-<repo_name>-slot<number>`.
-        path: the tree; never changes.
+        path: the tree, on its host; never changes.
         state: see `SlotState`. error: why the slot is in ERROR.
         token: the highest lease token ever given; grows for ever.
         lease: the present lease while ALLOCATED, the last one while CLEANING, else None.
@@ -138,7 +140,7 @@ class Slot:
         allocation_count, total_allocated_seconds: usage (5.3).
         last_branch: branch of the last lease, for choosing a warm slot.
         unsaved: how the last lease ended (a `LeaseEnd`), until its work was saved or the slot is AVAILABLE; else None.
-        host_id: the host whose files these are, "" for the manager's machine. labels: what a claim may ask for.
+        host_id: the host whose files these are. labels: what a claim may ask for.
     """
 
     slot_id: str
@@ -156,7 +158,7 @@ class Slot:
     allocation_count: int = 0
     total_allocated_seconds: float = 0.0
     unsaved: str | None = None
-    host_id: str = ""
+    host_id: str = LOCAL_HOST
     labels: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
@@ -253,6 +255,28 @@ class PoolSummary:
     allocation_count: int
     total_allocated_seconds: float
     metrics: AllocationMetrics
+
+
+@attrs.frozen
+class HostStatus:
+    """One host at a glance.
+
+    Attributes:
+        address: `local`, or what SSH reaches. capacity: None for no limit.
+        condition: `active`, `draining`, `parked` or `unreachable`. reason: for people.
+        total_slots, available, allocated: of all pools.
+    """
+
+    host_id: str
+    address: str
+    workspaces_dir: str | None
+    labels: tuple[str, ...]
+    capacity: int | None
+    condition: str
+    reason: str
+    total_slots: int
+    available: int
+    allocated: int
 
 
 @attrs.frozen

@@ -4,13 +4,16 @@ Keeps them and makes what lessees get. Taking and giving back are `acquiring`'s 
 over them `lease_watch`'s.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import attrs
 
 from repopool_async._clock import boottime
-from repopool_async.components import PoolContext
+from repopool_async._git import GitRunner, lessee_environment
+from repopool_async.components import HostParts, PoolContext
 from repopool_async.coordination.base import Grant
+from repopool_async.fencing import guard_of
+from repopool_async.git_operations import GitOperations
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import Lease, Slot, SlotState
 from repopool_async.origins import Origin
@@ -41,25 +44,38 @@ class OpenLeases:
         """Iterate over those that are open now, whatever becomes of them meanwhile."""
         return iter(list(self._by_id.values()))
 
-    def open(self, grant: Grant, origin: Origin) -> OpenLease:
-        """Make what the lessee of a granted slot gets."""
+    def open(self, grant: Grant, origin: Origin, inherited: Mapping[str, str] | None = None) -> OpenLease:
+        """Make what the lessee of a granted slot gets.
+
+        Args:
+            inherited: what commands are given where they do not run on this machine.
+        """
 
         async def renew(ttl: float | None) -> Lease:
             return await self._pool.parts.coordinator.renew(grant.slot.slot_id, grant.lease.token, ttl)
 
-        parts = self._pool.parts
+        parts = self._pool.parts.of(grant.slot)
         run_as = parts.run_as
         leased = LeasedSlot(
             grant.slot,
             grant.lease,
             host=parts.lessee_host if run_as is None else run_as.host_for(grant.slot),
-            git=parts.lessee_git if run_as is None else run_as.git_for(grant.slot),
+            git=self._git(parts, grant.slot, inherited),
             renew=renew,
-            inherited=None if run_as is None else run_as.environment(grant.slot),
+            is_here=parts.is_here,
+            guard=guard_of(grant.slot),
+            inherited=inherited if run_as is None else run_as.environment(grant.slot),
         )
         opened = OpenLease(grant, leased, boottime(), origin)
         self._by_id[grant.lease.lease_id] = opened
         return opened
+
+    def _git(self, parts: HostParts, slot: Slot, inherited: Mapping[str, str] | None) -> GitOperations:
+        if parts.run_as is not None:
+            return parts.run_as.git_for(slot)
+        if inherited is None:
+            return parts.lessee_git
+        return GitOperations(runner=GitRunner(parts.lessee_host, environment=lessee_environment(inherited)))
 
     def end(self, lease_id: str) -> OpenLease | None:
         """Make what the lessee has unusable and forget the lease; None where it has ended before."""

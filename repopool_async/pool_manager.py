@@ -7,20 +7,25 @@ Of what all of it is made `assembly` decides, in what order it begins and ends t
 import asyncio
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
+import attrs
+
 from repopool_async._clock import boottime
 from repopool_async.assembly import Assembler, Shared
 from repopool_async.config import PoolConfig
 from repopool_async.config_changes import ConfigChange
+from repopool_async.config_hosts import HostSpec, checked_hosts
 from repopool_async.config_reload import ConfigReload
 from repopool_async.configured_pools import ConfiguredPools
 from repopool_async.events import Event
 from repopool_async.exceptions import PoolNotFoundError, SlotNotFoundError
+from repopool_async.host_verbs import HostVerbs
+from repopool_async.host_watch import HostWatch
 from repopool_async.janitor import Janitor, SweepReport
 from repopool_async.lease import LeasedSlot
 from repopool_async.lifecycle import Lifecycle
@@ -57,7 +62,7 @@ def _ended_by_closing(verb: Verb) -> Verb:
     return cast("Verb", interruptible)
 
 
-class PoolManager:
+class PoolManager(HostVerbs):
     """Pools of clean, isolated git checkouts.
 
     Args:
@@ -66,6 +71,7 @@ class PoolManager:
             cleaned, before it is sealed. Sync or async; raising rejects the slot.
         git_config: git configuration for the pool's own git, such as a proxy or a CA; nothing else of the user's
             configuration is read.
+        hosts: machines that can hold slots, beside those of the configuration.
 
     Use it as `async with PoolManager(...) as manager`, or call `open` and `close`. It cannot be reopened.
     """
@@ -78,8 +84,12 @@ class PoolManager:
         check: SlotCallback | None = None,
         reset: SlotCallback | None = None,
         git_config: Mapping[str, str] | None = None,
+        hosts: Sequence[HostSpec] = (),
     ) -> None:
-        self._shared = Shared.of(config if config is not None else PoolConfig())
+        given = config if config is not None else PoolConfig()
+        if hosts:
+            given = attrs.evolve(given, hosts={**given.hosts, **checked_hosts(hosts)})
+        self._shared = Shared.of(given)
         assembler = Assembler(
             self._shared,
             callbacks=Callbacks(configure=configure, check=check, reset=reset),
@@ -90,14 +100,21 @@ class PoolManager:
         self._configured = ConfiguredPools(self._shared, self._registry)
         self._janitor = Janitor(
             lambda: self._registry,
-            host=self._shared.host,
             store=self._shared.store,
             locks=self._shared.locks,
             emit=self._shared.bus.emit,
             interval_seconds=self.config.janitor_interval,
         )
         self._reloading = ConfigReload(self._shared, self._registry, self._configured, self._janitor)
-        self._lifecycle = Lifecycle(self._shared, self._registry, self._configured, self._reloading, self._janitor)
+        watch = HostWatch(
+            self._shared.hosts,
+            lambda: self._registry,
+            coordinator=self._shared.coordinator,
+            locks=self._shared.locks,
+        )
+        self._lifecycle = Lifecycle(
+            self._shared, self._registry, self._configured, self._reloading, janitor=self._janitor, watch=watch
+        )
 
     @classmethod
     def from_config_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -365,7 +382,7 @@ class PoolManager:
             SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists.
         """
         pool = await self._pool_of(slot.slot_id)
-        return await SalvageCatalogue([pool], self._shared.host).restore(salvage_id, slot, branch=branch)
+        return await SalvageCatalogue([pool], self._shared.own.host).restore(salvage_id, slot, branch=branch)
 
     async def restore_salvage_into(
         self, salvage_id: str, directory: str | os.PathLike[str], *, branch: str | None = None
@@ -390,7 +407,7 @@ class PoolManager:
         await (await self._salvage()).delete(salvage_id)
 
     async def _salvage(self, repo_name: str | None = None) -> SalvageCatalogue:
-        return SalvageCatalogue(await self._named(repo_name), self._shared.host)
+        return SalvageCatalogue(await self._named(repo_name), self._shared.own.host)
 
     # -- slots ---------------------------------------------------------------------------------------------------
 

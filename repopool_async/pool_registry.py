@@ -82,6 +82,7 @@ class PoolRegistry:
         """
         name = validate_repo_name(repo_name)
         refuse_too_many_slots(name, options.num_slots)
+        self._shared.hosts.check(options.hosts)
         url, credentials = split_credentials(validate_url(repo_url, self._shared.config.allow_protocols))
         async with self.name_held(name):
             stored = await self.stored(name)
@@ -155,12 +156,12 @@ class PoolRegistry:
         if present is not None:
             present.use(parts)
             return present
-        pool = self._pools[name] = RepoPool(record, options, parts)
+        pool = self._pools[name] = RepoPool(record, options, parts, self._shared.hosts)
         return pool
 
     async def _fill(self, pool: RepoPool, record: Pool, *, is_new: bool) -> None:
         try:
-            await pool.keeper.make_mirror()
+            await pool.keeper.chores.make_mirrors()
             await self._shared.store.save_pool(record)
             await pool.keeper.fill(record.num_slots)
         except BaseException:
@@ -172,7 +173,7 @@ class PoolRegistry:
         self._pools.pop(pool.name, None)
         await pool.close(Deadline.after(0))
         with suppress(PoolNotFoundError):  # interrupted before anything was made
-            await self._shared.store.delete_pool(pool.name)
+            await pool.erase()
 
 
 def _refuse_other_repository(name: str, stored: Pool | None, url: str) -> None:

@@ -31,6 +31,7 @@ class RefsSnapshot:
         head: the commit of the remote's HEAD.
         object_format: `sha1` or `sha256`.
         build: names the mirror; one made anew, after damage, has another.
+        boot_id, spawned_boottime: when the fetch that brought them was begun, on the clock of that boot.
     """
 
     generation: str
@@ -41,6 +42,12 @@ class RefsSnapshot:
     head: str | None
     object_format: str
     build: str = ""
+    boot_id: str = ""
+    spawned_boottime: float = 0.0
+
+    def has_commit(self, commit: str) -> bool:
+        """Return whether a branch or tag is at a commit; one that it has otherwise is not known here."""
+        return commit in self.branches.values() or commit in self.tags.values()
 
 
 def packed_refs(listing: str) -> tuple[str, dict[str, str]]:

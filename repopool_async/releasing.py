@@ -21,6 +21,7 @@ from repopool_async.exceptions import (
     SlotInUseError,
     SlotNotFoundError,
     StoreError,
+    UnkillableError,
 )
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import LeaseEnd, Slot, SlotState
@@ -131,7 +132,7 @@ class Releaser:
         """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it."""
         if isinstance(error, LeaseLostError):
             return
-        if isinstance(error, CleanupError) and not is_passing(error):
+        if isinstance(error, CleanupError | UnkillableError) and not is_passing(error):
             await self._keeper.quarantine(grant, grant.slot, error)
             return
         slot = await self._begin_return(grant)

@@ -16,6 +16,7 @@ from repopool_async.acquiring import Acquirer
 from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
 from repopool_async.exceptions import PoolInUseError, PoolTimeoutError
+from repopool_async.host_registry import HostRegistry
 from repopool_async.lease import LeasedSlot
 from repopool_async.lease_watch import LeaseWatch
 from repopool_async.mirror import Mirror
@@ -37,8 +38,8 @@ class Unset(Enum):
 class RepoPool:
     """The slots of one repository. Made by `PoolManager`; see `PoolManager` for the verbs that name a pool."""
 
-    def __init__(self, pool: Pool, options: PoolOptions, parts: Components) -> None:
-        self._context = PoolContext(pool, options, parts)
+    def __init__(self, pool: Pool, options: PoolOptions, parts: Components, hosts: HostRegistry) -> None:
+        self._context = PoolContext(pool, options, parts, hosts)
         self._leases = OpenLeases(self._context)
         self.keeper: Final = SlotKeeper(self._context)
         self.watch: Final = LeaseWatch(self._context, self._leases, self.keeper)
@@ -65,10 +66,10 @@ class RepoPool:
         """The pool's name."""
         return self.record.repo_name
 
-    @property
-    def salvage(self) -> Salvage:
-        """What lessees that ended badly left unpushed."""
-        return self._parts.salvage
+    async def salvages(self) -> list[Salvage]:
+        """Return what lessees that ended badly left unpushed, by host."""
+        ids = await self.keeper.chores.host_ids()
+        return [self._parts.hosts.on(host_id).salvage for host_id in ids if not self._context.hosts.is_out(host_id)]
 
     def __repr__(self) -> str:
         return (
@@ -184,7 +185,7 @@ class RepoPool:
 
     def use(self, parts: Components) -> None:
         """Work with other components from now on; leases and cleanings under way keep what they began with."""
-        self._former.append(self._parts.mirror)
+        self._former += [parts.mirror for parts in self._parts.hosts.made()]
         self._context.parts = parts
 
     def retire(self) -> None:
@@ -199,7 +200,18 @@ class RepoPool:
         """Take on other options; leases under way keep what they began with."""
         self._context.record = record
         self._context.options = options
-        self._parts.cleaner.rebuild_always = options.rebuild_always
+        for parts in self._parts.hosts.made():
+            parts.cleaner.rebuild_always = options.rebuild_always
+
+    def can_be_reached(self, slot: Slot) -> bool:
+        """Return whether anything can be done on a slot's host now."""
+        return not self._context.hosts.is_out(slot.host_id)
+
+    async def hosts_changed(self) -> None:
+        """Have leases on hosts that are out of use end, and slots of those that are back be cleaned."""
+        await self.watch.notice_lost()
+        await self.keeper.recover()
+        self._context.changed.set()
 
     async def list_slots(self) -> list[Slot]:
         """Return the records of the pool's slots, by number (1.5)."""
@@ -229,7 +241,7 @@ class RepoPool:
             "leased": len(self._leases),
             "returning": len(self.keeper.returning),
             "waiting": self._acquirer.waiting,
-            "fetches": sum(mirror.fetch_count for mirror in (*self._former, self._parts.mirror)),
+            "fetches": sum(mirror.fetch_count for mirror in self._mirrors()),
         }
 
     # -- ending --------------------------------------------------------------------------------------------------
@@ -261,8 +273,11 @@ class RepoPool:
         await self.keeper.stop()
         for opened in self._leases:
             await self._releaser.cut_off(opened)
-        for mirror in (*self._former, self._parts.mirror):
+        for mirror in self._mirrors():
             await mirror.aclose()
+
+    def _mirrors(self) -> list[Mirror]:
+        return [*self._former, *(parts.mirror for parts in self._parts.hosts.made())]
 
     async def delete(self, *, force: bool) -> None:
         """Delete every slot and the mirror.
@@ -284,4 +299,13 @@ class RepoPool:
         await self.close(Deadline.after(self.options.cleanup_timeout if not force else 0))
         for slot in slots:
             await self.keeper.remove_slot(slot.slot_id, saves_work=False)
+        await self.erase()
+
+    async def erase(self) -> None:
+        """Delete the pool's directories, of which nothing is used any more.
+
+        Raises:
+            PoolNotFoundError: there is none.
+        """
+        await self.keeper.chores.erase()
         await self._parts.store.delete_pool(self.name)

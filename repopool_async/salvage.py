@@ -54,7 +54,7 @@ class Salvage:
 
     Args:
         pool_directory: on the host, where everything lies. workspace: knows what a lessee's tree was like.
-        git: the pool's.
+        git: the pool's. lock_id: another name for the lock than `salvage-<repo_name>`.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Salvage:
         mirror: Mirror,
         locks: LockManager,
         workspace: WorkspaceStrategy,
+        lock_id: str | None = None,
     ) -> None:
         self.path: Final = f"{pool_directory}/salvage.git"
         self.failed_path: Final = f"{pool_directory}/salvage-failed"
@@ -78,6 +79,7 @@ class Salvage:
         self._mirror = mirror
         self._locks = locks
         self._workspace = workspace
+        self._lock_id = lock_id or f"{SALVAGE_LOCKS}{repo_name}"
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -337,7 +339,7 @@ class Salvage:
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         """Exclude others for the block: what was packed and is not named yet would be pruned."""
-        async with self._locks.acquire_slot_lock(f"{SALVAGE_LOCKS}{self._repo_name}", timeout=None) as held:
+        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None) as held:
             if held.was_left:
                 await self._clear_up()
             yield

@@ -14,6 +14,7 @@ from repopool_async.hosts.base import Host
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import CommandResult, RestoredSalvage, SalvageRecord
 from repopool_async.repo_pool import RepoPool
+from repopool_async.salvage import Salvage
 
 
 @attrs.frozen
@@ -29,20 +30,20 @@ class SalvageCatalogue:
 
     async def records(self) -> list[SalvageRecord]:
         """Return all of it, the oldest first."""
-        records = [record for pool in self.pools for record in await pool.salvage.records()]
+        records = [record for _, salvage in await self._all() for record in await salvage.records()]
         return sorted(records, key=lambda record: record.created_at)
 
     async def restore(self, salvage_id: str, slot: LeasedSlot, *, branch: str | None) -> RestoredSalvage:
         """Bring saved work back into a leased slot."""
-        pool, record = await self._find(salvage_id)
+        _, salvage, record = await self._find(salvage_id)
         is_clean = await slot.is_clean_working_tree()
-        return await pool.salvage.restore(record, slot.run, branch=branch, is_clean=is_clean)
+        return await salvage.restore(record, slot.run, branch=branch, is_clean=is_clean)
 
     async def restore_into(
         self, salvage_id: str, directory: str | os.PathLike[str], *, branch: str | None
     ) -> RestoredSalvage:
         """Bring saved work into any clone of the repository as branches."""
-        pool, record = await self._find(salvage_id)
+        pool, salvage, record = await self._find(salvage_id)
 
         async def run(*argv: str, env: Mapping[str, str] | None = None) -> CommandResult:
             environment = {**lessee_environment(), **(env or {})}
@@ -52,23 +53,26 @@ class SalvageCatalogue:
                 raise SalvageError(f"{record.salvage_id[:8]}: cannot be restored: {words}", repo_name=pool.name)
             return done
 
-        return await pool.salvage.restore(record, run, branch=branch, is_clean=False)
+        return await salvage.restore(record, run, branch=branch, is_clean=False)
 
     async def describe(self, salvage_id: str) -> tuple[SalvageRecord, str]:
         """Return saved work, and git's table of the files that differ from the lessee's HEAD."""
-        pool, record = await self._find(salvage_id)
-        return record, await pool.salvage.describe(record)
+        _, salvage, record = await self._find(salvage_id)
+        return record, await salvage.describe(record)
 
     async def delete(self, salvage_id: str) -> None:
         """Delete saved work for good."""
-        pool, record = await self._find(salvage_id)
-        await pool.salvage.delete(record.salvage_id)
+        _, salvage, record = await self._find(salvage_id)
+        await salvage.delete(record.salvage_id)
 
-    async def _find(self, salvage_id: str) -> tuple[RepoPool, SalvageRecord]:
+    async def _all(self) -> list[tuple[RepoPool, Salvage]]:
+        return [(pool, salvage) for pool in self.pools for salvage in await pool.salvages()]
+
+    async def _find(self, salvage_id: str) -> tuple[RepoPool, Salvage, SalvageRecord]:
         failure: SalvageNotFoundError | None = None
-        for pool in self.pools:
+        for pool, salvage in await self._all():
             try:
-                return pool, await pool.salvage.find(salvage_id)
+                return pool, salvage, await salvage.find(salvage_id)
             except SalvageNotFoundError as error:
                 failure = error
         raise failure or SalvageNotFoundError(f"no saved work {salvage_id!r}: there are no pools")

@@ -5,7 +5,7 @@ is the thin awaitable around them. Whoever calls a verb that writes holds the sl
 `coordination`); nothing is cleaned here.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
@@ -25,18 +25,30 @@ def order_candidates(slots: Sequence[Slot], *, commit: str | None, branch: str |
     """Return the slots that may be leased, the best first.
 
     Those sealed at the wanted commit come first (first of all those with the wanted branch checked out as well), then
-    those that showed the branch last, then the rest; among equals the most recently used (10.2), then the lowest
-    number.
+    those that showed the branch last, then the rest; among equals those on the least loaded host, then the most
+    recently used (10.2), then the lowest number.
 
     Args:
-        slots: of one pool. commit: the full id that is wanted, None for any. branch: None for a detached HEAD.
+        slots: all of one pool, so that it shows how loaded each host is.
+        commit: the full id that is wanted, None for any. branch: None for a detached HEAD.
     """
+    loads = _loads(slots)
     ranked = [
-        (_distance(slot.seal, slot, commit, branch), _recency(slot), slot.number, slot)
+        (_distance(slot.seal, slot, commit, branch), loads.get(slot.host_id, 0.0), _recency(slot), slot.number, slot)
         for slot in slots
         if slot.state is SlotState.AVAILABLE and slot.seal is not None
     ]
-    return [entry[3] for entry in sorted(ranked, key=lambda entry: entry[:3])]
+    return [entry[4] for entry in sorted(ranked, key=lambda entry: entry[:4])]
+
+
+def _loads(slots: Sequence[Slot]) -> dict[str, float]:
+    """Return by host which part of its slots is in use; nothing where all are on one host."""
+    first = slots[0].host_id if slots else ""
+    if all(slot.host_id == first for slot in slots):
+        return {}
+    there = Counter(slot.host_id for slot in slots)
+    free = Counter(slot.host_id for slot in slots if slot.state is SlotState.AVAILABLE)
+    return {host_id: 1.0 - free[host_id] / count for host_id, count in there.items()}
 
 
 def allocated(slot: Slot, lease: Lease, now: datetime) -> Slot:

@@ -15,7 +15,6 @@ import attrs
 
 from repopool_async._clock import boottime, now
 from repopool_async._git import WORK_MARK
-from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
     CleanupError,
     GitAccessError,
@@ -26,6 +25,7 @@ from repopool_async.exceptions import (
     GitRefMissingError,
     GitTimeoutError,
     GitTransientError,
+    HostUnreachableError,
     LfsError,
     PoolManagerError,
     SetupError,
@@ -51,7 +51,7 @@ LEASE_MARK: Final = "REPOPOOL_LEASE_ID"
 SlotCallback = Callable[[Slot], Awaitable[None] | None]
 """A callback of the pool's owner, sync or async; raising rejects the slot."""
 
-_NOT_THE_SLOTS_FAULT: Final = (SubmoduleError, LfsError, UnknownRefError)
+_NOT_THE_SLOTS_FAULT: Final = (HostUnreachableError, SubmoduleError, LfsError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 _NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
 
@@ -296,6 +296,8 @@ class SlotCleaner:
                 return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
+                if isinstance(error, HostUnreachableError):
+                    raise
                 if _is_disk_full(error) and not has_freed:
                     # What filled it may be what this lessee left, by now in the trash.
                     await self._strategy(slot).free_space(slot)
@@ -363,7 +365,7 @@ class SlotCleaner:
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
         group = self._run_as.group_of(slot) if self._run_as is not None else None
         since = None
-        if slot.lease is not None and slot.lease.owner.boot_id == boot_id():
+        if slot.lease is not None and slot.lease.owner.boot_id == await self._host.boot_id():
             since = slot.lease.acquired_boottime
         ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since, group=group)
         if ended.survivors and self._run_as is not None:

@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import attrs
@@ -19,25 +19,29 @@ from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._clock import boottime, now
 from repopool_async.components import PoolContext
 from repopool_async.coordination.base import Hold
-from repopool_async.disk_full import is_passing, passing_told
+from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
     GitOperationError,
+    HostUnreachableError,
     LeaseLostError,
     PoolManagerError,
     SlotInUseError,
     SlotNotFoundError,
     StoreError,
 )
-from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState, make_slot_id
+from repopool_async.fencing import leave
+from repopool_async.host_chores import HostChores
+from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState
 from repopool_async.open_leases import describe_holder
 from repopool_async.slot_allocator import available, broken
+from repopool_async.slot_cleaner import SlotCleaner
+from repopool_async.slot_maker import Site, SlotMaker, standing
 from repopool_async.workspaces.base import Checkout
 
 _log: Final = logging.getLogger("repopool")
 
 _RETRY_SECONDS: Final = 0.1
-_TIDYING_SECONDS: Final = 600.0
 _WATCH_SECONDS: Final = 0.1
 """How often a cleaner looks whether its slot was taken away."""
 
@@ -49,8 +53,9 @@ class SlotKeeper:
 
     def __init__(self, context: PoolContext) -> None:
         self.last_recovery = float("-inf")
-        self._last_tidying = float("-inf")
+        self.chores: Final = HostChores(context)
         self._pool = context
+        self._maker = SlotMaker(context)
         self._returning: dict[str, asyncio.Task[None]] = {}
         self._holds: dict[str, Hold] = {}
         self._unclean: list[tuple[Hold, Slot]] = []
@@ -80,7 +85,7 @@ class SlotKeeper:
 
     def clean_later(self, hold: Hold, slot: Slot) -> None:
         """Clean a held slot in the background and make it AVAILABLE (or quarantine it)."""
-        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.cleanup_after_release(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).cleanup_after_release(slot, checkout))
 
     def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
         """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
@@ -105,10 +110,9 @@ class SlotKeeper:
     async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
         """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
         try:
-            async with self._pool.parts.cleaning, self._while_it_stands(hold):
-                slot, work = await self._save_work(hold, slot, work)
-                async with asyncio.timeout(self._pool.options.cleanup_timeout):
-                    result: CleanupResult = await work(await self._standing(slot))
+            async with self._pool.at_work(slot):
+                slot = await leave(self._pool.parts.of(slot).host, self._pool.parts.coordinator, hold)
+                slot, result = await self._do(hold, slot, work)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
                 await self._remove_held(hold)
                 return
@@ -116,7 +120,7 @@ class SlotKeeper:
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            if is_passing(error):
+            if is_passing(error) or isinstance(error, HostUnreachableError):
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
@@ -130,6 +134,12 @@ class SlotKeeper:
             if self._holds.get(slot.slot_id) is hold:
                 self._holds.pop(slot.slot_id)
             self._pool.changed.set()
+
+    async def _do(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, CleanupResult]:
+        async with self._while_it_stands(hold):
+            slot, work = await self._save_work(hold, slot, work)
+            async with asyncio.timeout(self._pool.options.cleanup_timeout):
+                return slot, await work(await standing(self._pool, slot))
 
     @asynccontextmanager
     async def _while_it_stands(self, hold: Hold) -> AsyncIterator[None]:
@@ -173,15 +183,18 @@ class SlotKeeper:
         """
         if not self._is_due(slot.unsaved):
             return slot, work
+        salvage = self._pool.parts.of(slot).salvage
         about = {"slot_id": slot.slot_id, "lease_id": slot.lease.lease_id if slot.lease else None}
         try:
             async with asyncio.timeout(self._pool.options.cleanup_timeout):
-                await self._pool.parts.cleaner.end_lease(slot)
-                record = await self._pool.parts.salvage.save(slot, limit_bytes=self._pool.options.salvage_limit)
+                await self._cleaner(slot).end_lease(slot)
+                record = await salvage.save(slot, limit_bytes=self._pool.options.salvage_limit)
+        except HostUnreachableError:
+            raise  # nothing was lost, and all of it is there when the host is
         except Exception as error:  # noqa: BLE001 - whatever it is, the work must be kept and the slot must go on
             # Where the slot was taken away, this raises: the tree is another's now.
             await self._pool.parts.coordinator.update(hold, slot)
-            path = await self._pool.parts.salvage.set_aside(slot, error)
+            path = await salvage.set_aside(slot, error)
             self._pool.parts.emit(
                 "slot.salvage_failed", {**about, "error": str(error) or type(error).__name__, "path": path}
             )
@@ -202,36 +215,11 @@ class SlotKeeper:
             case _:
                 return unsaved not in (None, LeaseEnd.RETURNED)
 
+    def _cleaner(self, slot: Slot) -> SlotCleaner:
+        return self._pool.parts.of(slot).cleaner
+
     def _making_anew(self, slot: Slot) -> _Work:
-        return lambda checkout: self._pool.parts.cleaner.repair_slot(slot, checkout)
-
-    async def tidy_salvage(self) -> None:
-        """Delete saved work that is older than `salvage_days`, and what killed processes left half saved."""
-        if boottime() - self._last_tidying < _TIDYING_SECONDS:
-            return
-        self._last_tidying = boottime()
-        expired = await self._pool.parts.salvage.expire(now() - timedelta(days=self._pool.options.salvage_days))
-        if expired:
-            self._pool.parts.emit("salvage.expired", {"repo_name": self._pool.name, "salvage_ids": expired})
-        await self._pool.parts.salvage.sweep(self._unsaved_leases)
-
-    async def _unsaved_leases(self) -> set[str]:
-        slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
-        return {slot.lease.lease_id for slot in slots if slot.lease is not None}
-
-    async def _standing(self, slot: Slot) -> Checkout:
-        """Say what a slot shall show while nobody has it; its last branch's newest commit where warming is on."""
-        snapshot = await self._pool.parts.mirror.snapshot()
-        branch = slot.last_branch
-        if branch is not None and branch not in snapshot.branches:
-            branch = None
-        if branch is not None and (self._pool.options.warmup_enabled or slot.lease is None):
-            return Checkout(commit=snapshot.branches[branch], branch=branch)
-        commit = (slot.lease.commit if slot.lease else None) or (slot.seal.commit if slot.seal else None)
-        if commit is not None:
-            return Checkout(commit=commit, branch=branch)
-        resolved = await self._pool.parts.mirror.resolve(self._pool.options.default_ref)
-        return Checkout(commit=resolved.commit, branch=resolved.branch)
+        return lambda checkout: self._cleaner(slot).repair_slot(slot, checkout)
 
     async def quarantine(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Isolate a held slot with the reason (9.5) and let go of it."""
@@ -253,18 +241,13 @@ class SlotKeeper:
 
     # -- making, mending, removing -------------------------------------------------------------------------------
 
-    async def make_mirror(self) -> None:
-        """Clone the repository, unless that has been done; see `Mirror.ensure`."""
-        with passing_told(self._pool.name):
-            await self._pool.parts.mirror.ensure()
-
     async def resize(self, num_slots: int) -> None:
         """Add or remove slots until there are `num_slots`; raises `SlotInUseError` where too many are leased."""
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         free_first = sorted(slots, key=lambda slot: (slot.state is SlotState.ALLOCATED, -slot.number))
         for slot in free_first[: max(0, len(slots) - num_slots)]:
             await self.remove_slot(slot.slot_id)
-        await together(*[self.add_slot for _ in range(num_slots - len(slots))])
+        await self.fill(num_slots)
 
     async def shrink_to(self, num_slots: int) -> None:
         """Remove the slots beyond the first `num_slots`; those that are busy go when they come back.
@@ -312,25 +295,12 @@ class SlotKeeper:
 
         What stood on a mirror that had to be made anew counts as wrong too.
         """
-        found = await self._check_mirror()
+        found = await self.chores.check_mirrors()
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             problems = await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
-
-    async def _check_mirror(self) -> dict[str, list[str]]:
-        problems = await self._pool.parts.mirror.check()
-        if not problems:
-            return {}
-        name = f"{self._pool.name}/mirror.git"
-        self._pool.parts.emit("mirror.damaged", {"repo_name": self._pool.name, "problems": problems})
-        try:
-            await self._pool.parts.mirror.repair()
-        except (PoolManagerError, OSError) as error:
-            return {name: [*problems, f"not repaired yet: {error}"]}
-        self._pool.parts.emit("mirror.repaired", {"repo_name": self._pool.name})
-        return {name: problems}
 
     async def _check_slot(self, slot_id: str) -> list[str]:
         hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
@@ -338,7 +308,7 @@ class SlotKeeper:
             return []
         problems: list[str] = []
         try:
-            problems += await self._pool.parts.cleaner.verify_slot_integrity(hold.slot)
+            problems += await self._cleaner(hold.slot).verify_slot_integrity(hold.slot)
             if problems:
                 await self._pool.parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
                 await self._repair(hold)
@@ -355,52 +325,32 @@ class SlotKeeper:
                 await self.repair_slot(slot.slot_id)
 
     async def fill(self, num_slots: int) -> None:
-        """Make the slots that are missing, side by side; raises the first failure."""
-        present = await self._pool.parts.coordinator.list_slots(self._pool.name)
-        missing = num_slots - len(present)
-        await together(*[self.add_slot for _ in range(missing)])
+        """Make the slots that are missing, side by side; raises the first failure.
+
+        Those of a host that stops answering meanwhile are made on the others.
+        """
+        while missing := num_slots - len(await self._pool.parts.coordinator.list_slots(self._pool.name)):
+            if missing < 0:
+                return
+            sites = await self._maker.sites(missing)
+            await self.chores.make_mirrors({site.host_id for site in sites})
+            await together(*[partial(self._make_if_reached, site) for site in sites])
+
+    async def _make_if_reached(self, site: Site) -> None:
+        with suppress(HostUnreachableError):  # it is suspect now, so that no site will be there
+            await self._maker.make(site)
 
     async def add_slot(self) -> Slot:
         """Make one more slot (7.1, 7.2) and return it AVAILABLE.
 
         Raises:
             GitOperationError, CleanupError, OSError: it could not be made; nothing of it is left.
+            HostUnreachableError: the host where it was to be does not answer (any more). SlotAllocationError: the hosts
+            cannot hold more.
         """
-        with passing_told(self._pool.name):
-            return await self._add_slot()
-
-    async def _add_slot(self) -> Slot:
-        number = await self._pool.parts.coordinator.next_slot_number(self._pool.name)
-        slot_id = make_slot_id(self._pool.name, number)
-        slot = Slot(
-            slot_id=slot_id,
-            repo_name=self._pool.name,
-            repo_url=self._pool.record.repo_url,
-            path=str(self._pool.parts.store.tree_path(slot_id)),
-            created_at=now(),
-        )
-        hold = await self._pool.parts.coordinator.create(slot)
-        try:
-            async with self._pool.parts.cleaning:
-                result = await self._pool.parts.cleaner.provision(slot, await self._standing(slot))
-            assert result.seal is not None
-            made = await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
-        except BaseException:
-            await shielded(self._unmake(hold, slot), name=f"unmake-{slot_id}")
-            raise
-        self._pool.parts.emit("slot.added", {"slot_id": slot_id})
-        self._pool.changed.set()
-        return made
-
-    async def _unmake(self, hold: Hold, slot: Slot) -> None:
-        try:
-            await self._pool.parts.coordinator.delete(hold)
-        except LeaseLostError:
-            return  # finished in the instant in which the maker was cancelled: the slot exists and is good
-        except StoreError:
-            await self._pool.parts.coordinator.abandon_hold(hold)  # where it cannot be deleted, recovery completes it
-            raise
-        await self._pool.parts.cleaner.discard(slot)
+        (site,) = await self._maker.sites(1)
+        await self.chores.make_mirrors([site.host_id])
+        return await self._maker.make(site)
 
     async def remove_slot(self, slot_id: str, *, saves_work: bool = True) -> None:
         """Delete an unleased slot, directory and all (7.3 to 7.5).
@@ -425,7 +375,7 @@ class SlotKeeper:
 
     async def _remove_held(self, hold: Hold) -> None:
         slot_id = hold.slot.slot_id
-        await shielded(self._unmake(hold, hold.slot), name=f"remove-{slot_id}")
+        await shielded(self._maker.unmake(hold), name=f"remove-{slot_id}")
         self._pool.parts.emit("slot.removed", {"slot_id": slot_id})
         self._pool.changed.set()
 
@@ -443,7 +393,7 @@ class SlotKeeper:
         if hold is None:
             return False
         slot = attrs.evolve(hold.slot, error=None)
-        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.repair_slot(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).repair_slot(slot, checkout))
         return True
 
     async def drop_quarantined_trees(self) -> list[str]:
@@ -458,7 +408,7 @@ class SlotKeeper:
                 continue
             try:
                 if not self._is_due(hold.slot.unsaved):
-                    await self._pool.parts.host.remove_tree(slot.path)
+                    await self._pool.parts.of(slot).host.remove_tree(slot.path)
                     dropped.append(slot.slot_id)
             finally:
                 await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")
@@ -468,7 +418,7 @@ class SlotKeeper:
         outcome: list[CleanupResult] = []
 
         async def repair(checkout: Checkout) -> CleanupResult:
-            outcome.append(await self._pool.parts.cleaner.repair_slot(hold.slot, checkout))
+            outcome.append(await self._cleaner(hold.slot).repair_slot(hold.slot, checkout))
             return outcome[0]
 
         await self._settle(hold, hold.slot, repair)
@@ -505,6 +455,8 @@ class SlotKeeper:
         self.last_recovery = boottime()
         recovered = []
         for orphan in await self._pool.parts.coordinator.orphans(self._pool.name):
+            if self._pool.hosts.is_out(orphan.host_id):
+                continue  # it could not be cleaned there
             hold = None
             with suppress(SlotNotFoundError):  # somebody else has just finished deleting it
                 hold = await self._pool.parts.coordinator.recover_orphan(orphan.slot_id)
@@ -517,7 +469,7 @@ class SlotKeeper:
         return recovered
 
     def _recover_later(self, hold: Hold, slot: Slot) -> None:
-        self._settle_later(hold, slot, lambda checkout: self._pool.parts.cleaner.recover(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).recover(slot, checkout))
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._pool.name, name, exc_info=error)

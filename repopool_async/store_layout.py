@@ -5,7 +5,7 @@ from pathlib import Path
 
 from repopool_async.config_values import validate_repo_name
 from repopool_async.exceptions import SlotNotFoundError
-from repopool_async.models import parse_slot_id
+from repopool_async.models import LOCAL_HOST, parse_slot_id
 
 
 class StoreLayout:
@@ -56,6 +56,11 @@ class StoreLayout:
     def pristine_path(self, slot_id: str) -> str:
         """Return where a slot's next trusted git directory lies."""
         return f"{self.slot_directory(slot_id)}/pristine"
+
+
+def lock_on(host_id: str, name: str) -> str:
+    """Return what the lock of a thing on a host is called, where on the manager's own it would have this name."""
+    return name if host_id == LOCAL_HOST else f"{name}.{host_id}.git"  # no pool's name ends so
 
 
 def parse_id(slot_id: str) -> tuple[str, int]:

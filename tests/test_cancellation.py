@@ -213,7 +213,7 @@ async def test_create_pool(manager: PoolManager, origin: Path, tmp_path: Path) -
 
 async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) -> None:
     """One is cancelled at each of its suspensions, the first or the last to ask; the others get what they asked for."""
-    mirror = (await manager.get_pool("app"))._parts.mirror
+    mirror = (await manager.get_pool("app"))._context.reference.mirror
 
     async def fetch() -> None:
         await mirror.fetch()
@@ -234,7 +234,7 @@ async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) ->
 
 
 async def test_fetch_that_all_its_waiters_leave(manager: PoolManager, origin: Path) -> None:
-    mirror = (await manager.get_pool("app"))._parts.mirror
+    mirror = (await manager.get_pool("app"))._context.reference.mirror
     for turns in (0, 1, 3, 20):
         tasks = [asyncio.get_running_loop().create_task(mirror.fetch()) for _ in range(3)]
         for _ in range(turns):

@@ -11,6 +11,7 @@ import repopool_async
 from repopool_async.cli import ExitStatus
 from repopool_async.config import PoolConfig, PoolOptions
 from repopool_async.config_fields import OptionInfo, describe
+from repopool_async.config_hosts import HostSpec
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text()
@@ -36,8 +37,10 @@ def row(info: OptionInfo) -> str:
     return f"| `{info.key}` | `{default_in_yaml(info)}` | {info.help} |"
 
 
-@pytest.mark.parametrize("kind", [PoolConfig, PoolOptions])
-def test_every_option_is_in_the_table_with_its_default(kind: type[PoolConfig] | type[PoolOptions]) -> None:
+@pytest.mark.parametrize("kind", [PoolConfig, HostSpec, PoolOptions])
+def test_every_option_is_in_the_table_with_its_default(
+    kind: type[PoolConfig] | type[HostSpec] | type[PoolOptions],
+) -> None:
     rows = [row(info) for info in describe(kind) if info.is_supported]
 
     assert "\n".join(rows) in README

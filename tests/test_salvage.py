@@ -679,9 +679,9 @@ async def test_old_work_expires(manager: PoolManager, pool: RepoPool, tmp_path: 
     failed.mkdir(parents=True)
     (failed / "about.txt").write_text("")
     os.utime(failed / "about.txt", (0, 0))
-    assert await pool.salvage.expire(now() - timedelta(days=1)) == ["old"]
+    assert await pool._context.reference.salvage.expire(now() - timedelta(days=1)) == ["old"]
     assert not failed.exists()
-    assert await pool.salvage.expire(now() + timedelta(days=1)) == [record.salvage_id]
+    assert await pool._context.reference.salvage.expire(now() + timedelta(days=1)) == [record.salvage_id]
     assert await manager.list_salvage() == []
 
 
@@ -695,7 +695,7 @@ async def test_the_sweep_removes_what_killed_processes_left_half_read(
     async def in_use() -> set[str]:
         return {"alive"}
 
-    await pool.salvage.sweep(in_use)
+    await pool._context.reference.salvage.sweep(in_use)
     assert os.listdir(work) == ["alive"]
 
 

@@ -71,6 +71,18 @@ def numbers(slots: list[Slot]) -> list[int]:
 # Order
 
 
+def test_among_equals_the_least_loaded_host_comes_first() -> None:
+    slots = [
+        attrs.evolve(make_slot(1, used=9), host_id="a"),
+        attrs.evolve(make_slot(2, state=SlotState.ALLOCATED), host_id="a"),
+        attrs.evolve(make_slot(3, used=1), host_id="b"),
+        attrs.evolve(make_slot(4, used=2), host_id="b"),
+        attrs.evolve(make_slot(5, commit=WANTED), host_id="a"),
+    ]
+    order = [slot.number for slot in order_candidates(slots, commit=WANTED, branch=None)]
+    assert order == [5, 4, 3, 1]
+
+
 def test_the_slot_that_stands_at_the_commit_comes_first_then_the_branch_then_the_most_recently_used() -> None:
     slots = [
         make_slot(1, used=50),

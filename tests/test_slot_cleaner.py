@@ -350,7 +350,7 @@ async def test_a_damaged_mirror_is_repaired_by_whoever_comes_across_it(
 ) -> None:
     repack(origin)
     pool = await manager.create_pool("web", str(origin), cleanup_options={"fetch_on_allocate": fetches})
-    pool._parts.mirror._snapshot = None  # as in another process
+    pool._context.reference.mirror._snapshot = None  # as in another process
     damage(mirror_of(tmp_path))
     if fetches:
         git(origin, "branch", "-f", "main", "feature/x")
@@ -482,7 +482,7 @@ async def test_forged_objects_of_the_old_mirror_are_not_carried_over(
 
 async def test_two_who_find_the_damage_at_once_clone_once(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
     pool = await manager.create_pool("web", str(origin))
-    mirror = pool._parts.mirror
+    mirror = pool._context.reference.mirror
     before = os.stat(mirror_of(tmp_path)).st_ino
     await asyncio.gather(mirror.rebuild(), mirror.rebuild(), mirror.rebuild())
     assert os.stat(mirror_of(tmp_path)).st_ino != before

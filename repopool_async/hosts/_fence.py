@@ -43,7 +43,7 @@ def top_of(slot_directory: str) -> str:
     return max(_names(f"{slot_directory}/fence"), default="")
 
 
-def enter(host_id: str, slot_directory: str, token: int, session_directory: str) -> None:
+def enter(host_id: str, slot_directory: str, token: int, session_directory: str, kills: bool) -> None:
     """See `Host.enter`."""
     name = padded(token)
     own = f"{slot_directory}/fence/{name}"
@@ -54,11 +54,19 @@ def enter(host_id: str, slot_directory: str, token: int, session_directory: str)
         os.mkdir(own)
     except FileExistsError:
         raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
-    kill_until(host_id, slot_directory, token - 1)
+    if kills:
+        kill_until(host_id, slot_directory, token - 1)
     write_atomic(f"{own}/boot", f"{boot_id()}\n".encode())
     _require_highest(host_id, slot_directory, token, is_entered=True)
     _lower_than(slot_directory, token)
     _join_session(session_directory, slot_directory, name)
+
+
+def leave(host_id: str, slot_directory: str, token: int) -> None:
+    """See `Host.leave`. The name that is made is above the token's own and below the next one's."""
+    _require_highest(host_id, slot_directory, token)
+    os.makedirs(f"{slot_directory}/fence/{padded(token)}~left", exist_ok=True)
+    kill_until(host_id, slot_directory, token)
 
 
 def _require_highest(host_id: str, slot_directory: str, token: int, *, is_entered: bool = False) -> None:

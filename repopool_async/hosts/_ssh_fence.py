@@ -23,7 +23,7 @@ class RemoteFence:
     def _shell(self) -> Shell:
         raise NotImplementedError
 
-    async def enter(self, slot_directory: str, token: int, session: str) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
         """See `Host.enter`."""
         call = command(
             "enter",
@@ -32,11 +32,20 @@ class RemoteFence:
             padded(token - 1),
             fence_key(slot_directory),
             self._session_directory(session),
+            "1" if kills else "",
         )
         answer = await self._shell.call(lambda _: call, "fence")
         if answer.status in (USED, FENCED):
             top = answer.stdout.decode(errors="replace")
             raise fenced(slot_directory, token, top, host_id=self._id, is_used=answer.status == USED)
+        self._require(answer, slot_directory)
+
+    async def leave(self, slot_directory: str, token: int) -> None:
+        """See `Host.leave`."""
+        call = command("leave", slot_directory, padded(token), fence_key(slot_directory))
+        answer = await self._shell.call(lambda _: call, "fence", is_repeatable=True)
+        if answer.status == FENCED:
+            raise fenced(slot_directory, token, answer.stdout.decode(errors="replace"), host_id=self._id)
         self._require(answer, slot_directory)
 
     async def kill(self, slot_directory: str, below: int) -> None:

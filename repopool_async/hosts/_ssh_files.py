@@ -8,7 +8,7 @@ import errno
 import functools
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -37,6 +37,7 @@ from repopool_async.hosts._ssh_trees import (
     read_processes,
 )
 from repopool_async.hosts.base import (
+    ClockOffset,
     Collected,
     EndedProcesses,
     FileStat,
@@ -53,6 +54,11 @@ _TICKS_PER_SECOND: Final = 50
 _NAMES_AT_ONCE: Final = 500
 _ABSENT: Final = 3
 ELSEWHERE: Final = 5
+_CLOCK_PRECISION_NS: Final = 100_000_000
+"""The boot clock is told in hundredths of a second, and asking takes its time. Daemons that keep time slew less."""
+_OF_THE_CONNECTION: Final = frozenset(
+    ("SSH_CLIENT", "SSH_CONNECTION", "SSH_TTY", "SSH_AUTH_SOCK", "SHLVL", "PWD", "OLDPWD", "_", "LC_ALL")
+)
 _NO_NAMES: Final = frozenset(("", ".", ".."))
 
 
@@ -60,6 +66,7 @@ class RemoteFiles:
     """The part of a host that is about files and what holds them."""
 
     _seconds = 0
+    _login: Mapping[str, str] | None = None
 
     @property
     def _shell(self) -> Shell:
@@ -173,6 +180,27 @@ class RemoteFiles:
             return nanoseconds(text)
         self._seconds += 1
         return int(text) * 1_000_000_000 + self._seconds % 1_000_000_000
+
+    async def boot_id(self) -> str:
+        """See `Host.boot_id`."""
+        return (await self._shell.tools()).boot
+
+    async def clock_offset(self) -> ClockOffset:
+        """See `Host.clock_offset`; a host that does not tell also has no file times that are believed."""
+        answer = await self._shell.call(lambda _: command("clocks"), "boot", is_repeatable=True)
+        words = answer.stdout.decode(errors="replace").split()
+        if answer.status != 0 or len(words) != 2 or not words[1].isdigit():
+            return ClockOffset(0, _CLOCK_PRECISION_NS)
+        return ClockOffset(int(words[1]) - int(float(words[0]) * 1e9), _CLOCK_PRECISION_NS)
+
+    async def login_environment(self) -> Mapping[str, str]:
+        """See `Host.login_environment`."""
+        if self._login is None:
+            answer = await self._shell.call(lambda _: command("env"), is_repeatable=True)
+            lines = answer.require().decode(errors="surrogateescape").splitlines()
+            pairs = [line.partition("=") for line in lines]
+            self._login = {name: value for name, equals, value in pairs if equals and name not in _OF_THE_CONNECTION}
+        return self._login
 
     async def is_network_file_system(self, path: str) -> bool:
         """See `Host.is_network_file_system`."""

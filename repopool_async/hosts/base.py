@@ -296,6 +296,18 @@ class Guard:
     token: int
 
 
+@attrs.frozen
+class ClockOffset:
+    """How far a host's wall clock is ahead of its boot clock; it moves only when somebody sets the wall clock.
+
+    Attributes:
+        precision_ns: two answers that differ by less say nothing.
+    """
+
+    wall_minus_boot_ns: int
+    precision_ns: int
+
+
 class HostProcess(Protocol):
     """A running command with streams."""
 
@@ -505,6 +517,15 @@ class Host(Protocol):
             group: whatever is in this group is ended too.
         """
 
+    async def boot_id(self) -> str:
+        """Return an id that changes at every boot; cheap, it is asked once per connection."""
+
+    async def clock_offset(self) -> ClockOffset:
+        """Return how the host's clocks stand to each other."""
+
+    async def login_environment(self) -> Mapping[str, str]:
+        """Return the variables that whoever runs commands there is given; cheap after the first time."""
+
     async def is_network_file_system(self, path: str) -> bool:
         """Return whether `path` lies on a network file system; False where the platform cannot say."""
 
@@ -541,17 +562,28 @@ class Host(Protocol):
 
     # The fence: the host is the last word on who may run in a slot, see `remote/fence.sh` for what lies on disk.
 
-    async def enter(self, slot_directory: str, token: int, session: str) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
         """Make a token the slot's present one, and end what runs there under lower ones.
 
         Args:
             slot_directory: is made where it is missing.
+            kills: whether to look for what runs there. Who entered last, and has let nothing run since, need not.
             token: enters once, whatever becomes of the call.
             session: who enters; the host's watchdog ends what runs in its slots when it gives no sign of life.
 
         Raises:
             FencedError: there is a higher token, or this one has entered before; nothing of the slot may be touched.
             UnkillableError: something does not die; the token has entered all the same, so that nothing else starts.
+        """
+
+    async def leave(self, slot_directory: str, token: int) -> None:
+        """Let nothing start in a slot under a token any more, nor under lower ones, and end what runs there.
+
+        Only a higher token can enter afterwards; it may be called again.
+
+        Raises:
+            FencedError: there is a higher token; nothing of the slot may be touched.
+            UnkillableError: something does not die.
         """
 
     async def kill(self, slot_directory: str, below: int) -> None:

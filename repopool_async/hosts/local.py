@@ -14,17 +14,21 @@ import weakref
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 import attrs
 
 from repopool_async import _files, _mounts, _removal
 from repopool_async._aio import Deadline, in_thread
+from repopool_async._clock import wall_minus_boot_ns
+from repopool_async._identity import boot_id
 from repopool_async._process import open_process, run_process
 from repopool_async.hosts import _collect, _fence, _marked, _moves, _ownership, _survey, _tree
 from repopool_async.hosts._scripts import session_name
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
     DEFAULT_STDOUT_LIMIT,
+    ClockOffset,
     Collected,
     Command,
     CopyFile,
@@ -48,6 +52,8 @@ from repopool_async.hosts.base import (
     WriteFile,
 )
 from repopool_async.models import CommandResult
+
+_CLOCK_PRECISION_NS: Final = 5_000_000
 
 
 class LocalHost:
@@ -250,6 +256,18 @@ class LocalHost:
         """See `Host.file_system_clock_ns`."""
         return await in_thread(_file_system_clock_ns, directory)
 
+    async def boot_id(self) -> str:
+        """See `Host.boot_id`."""
+        return boot_id()
+
+    async def clock_offset(self) -> ClockOffset:
+        """See `Host.clock_offset`."""
+        return ClockOffset(wall_minus_boot_ns(), _CLOCK_PRECISION_NS)
+
+    async def login_environment(self) -> Mapping[str, str]:
+        """See `Host.login_environment`."""
+        return os.environ
+
     async def is_network_file_system(self, path: str) -> bool:
         """See `Host.is_network_file_system`."""
         return await in_thread(_mounts.is_network_file_system, path)
@@ -290,9 +308,13 @@ class LocalHost:
 
     # -- the fence -----------------------------------------------------------------------------------------------
 
-    async def enter(self, slot_directory: str, token: int, session: str) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
         """See `Host.enter`."""
-        await in_thread(_fence.enter, self._id, slot_directory, token, self._session_directory(session))
+        await in_thread(_fence.enter, self._id, slot_directory, token, self._session_directory(session), kills)
+
+    async def leave(self, slot_directory: str, token: int) -> None:
+        """See `Host.leave`."""
+        await in_thread(_fence.leave, self._id, slot_directory, token)
 
     async def kill(self, slot_directory: str, below: int) -> None:
         """See `Host.kill`."""

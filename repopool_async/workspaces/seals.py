@@ -8,8 +8,6 @@ from typing import Final
 
 import anyio
 
-from repopool_async._clock import wall_minus_boot_ns
-from repopool_async._identity import boot_id
 from repopool_async.exceptions import CleanupError
 from repopool_async.hosts.base import FileKind, FileStat, Host
 from repopool_async.mirror import Mirror
@@ -19,7 +17,6 @@ from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodules import Submodules
 
-_CLOCK_STEP_NS: Final = 5_000_000
 """A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
 
 _TICK_SECONDS: Final = 0.002
@@ -52,7 +49,7 @@ class Seals:
         """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`."""
         generation = await self.generation(checkout.commit)
         previous = slot.seal
-        offset = wall_minus_boot_ns()
+        offset = (await self._host.clock_offset()).wall_minus_boot_ns
         settled = mark = await self._mark(slot)
         if keeps_mark and previous is not None:
             mark, offset = previous.mark_ns, previous.clock_offset_ns
@@ -63,7 +60,7 @@ class Seals:
             commit=checkout.commit,
             branch=checkout.branch,
             refs_generation=generation,
-            boot_id=boot_id(),
+            boot_id=await self._host.boot_id(),
             mark_ns=mark,
             settled_ns=settled,
             clock_offset_ns=offset,
@@ -80,7 +77,8 @@ class Seals:
             CleanupError: it is not.
         """
         root = await self.root(slot)
-        if slot.seal is None or slot.seal.boot_id != boot_id() or not is_same_tree(root, slot.seal):
+        is_same_boot = slot.seal is not None and slot.seal.boot_id == await self._host.boot_id()
+        if slot.seal is None or not is_same_boot or not is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
         if slot.seal.mirror_build != (await self._mirror.snapshot()).build:
             raise CleanupError(f"{slot.slot_id}: was made of a mirror that was damaged since", slot_id=slot.slot_id)
@@ -95,10 +93,13 @@ class Seals:
 
         That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
         """
-        if seal is None or seal.boot_id != boot_id() or seal.mirror_build != (await self._mirror.snapshot()).build:
+        if seal is None or seal.boot_id != await self._host.boot_id():
             return None
-        moved = abs(wall_minus_boot_ns() - seal.clock_offset_ns)
-        return seal.mark_ns if moved < _CLOCK_STEP_NS else None
+        if seal.mirror_build != (await self._mirror.snapshot()).build:
+            return None
+        offset = await self._host.clock_offset()
+        moved = abs(offset.wall_minus_boot_ns - seal.clock_offset_ns)
+        return seal.mark_ns if moved < offset.precision_ns else None
 
     async def generation(self, commit: str) -> str:
         """Return which refs a slot shows that is made now, those of submodules included."""

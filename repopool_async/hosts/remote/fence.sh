@@ -74,7 +74,7 @@ kill_strays() {
 }
 
 # The slot is the token's from here on. 97: used before. 99: there is a higher one, which is printed. SLOT TOKEN PREVIOUS
-# KEY SESSION_DIRECTORY
+# KEY SESSION_DIRECTORY KILLS
 enter() {
     mkdir -p -- "$1/fence" "$1/run" || return
     find_top "$1"
@@ -84,7 +84,7 @@ enter() {
         printf %s "$top"
         return 97
     fi
-    kill_until "$1" "$3" "$4" || return
+    if [ "$6" ]; then kill_until "$1" "$3" "$4" || return; fi
     boot_id
     printf '%s\n' "$boot" >"$1/fence/$2/boot" || return
     find_top "$1"
@@ -95,6 +95,14 @@ enter() {
         if [ "${name%%~*}" -lt "$2" ]; then rm -f -- "$entry/boot" && rmdir -- "$entry" 2>/dev/null; fi
     done
     join_session "$5" "$1" "$2" "$4"
+}
+
+# Nothing starts under the token any more: the name is above its own and below the next one's. SLOT TOKEN KEY
+leave() {
+    find_top "$1"
+    if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
+    mkdir -p -- "$1/fence/$2~left" || return
+    kill_until "$1" "$2" "$3"
 }
 
 # Notes that a session has entered a slot, for the watchdog. SESSION_DIRECTORY SLOT TOKEN KEY

@@ -1,0 +1,60 @@
+"""The fence in the life of a slot: who holds it enters it on its host before anything is done there.
+
+The host is the last word on who may run in a slot, whatever the records say: a token enters once, and what runs under
+lower ones is ended. Where the host has seen a higher token than the records have, they have lost their last changes,
+and the hold is given a token above it.
+"""
+
+import attrs
+
+from repopool_async.coordination.base import Coordinator, Hold
+from repopool_async.exceptions import FencedError
+from repopool_async.hosts.base import Guard, Host
+from repopool_async.models import Slot
+
+
+def slot_directory(slot: Slot) -> str:
+    """Return where a slot's fence lies: beside its tree."""
+    return slot.path.rpartition("/")[0]
+
+
+def guard_of(slot: Slot) -> Guard:
+    """Return under which lease commands of a slot's present one run."""
+    return Guard(slot_directory(slot), slot.token)
+
+
+async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str) -> Slot:
+    """Enter a held slot on its host, and return its record with the token that it entered with.
+
+    Whoever cleaned it has left it: nothing runs there, unless the records have lost who does.
+
+    Args:
+        session: in whose name.
+
+    Raises:
+        LeaseLostError: the hold was taken away. UnkillableError: something there does not die.
+        HostUnreachableError: the host does not answer.
+    """
+    kills = False
+    while True:
+        try:
+            await host.enter(slot_directory(hold.slot), hold.token, session, kills=kills)
+        except FencedError as error:
+            await coordinator.raise_token(hold, max(error.top, hold.token))
+            kills = True
+        else:
+            return attrs.evolve(hold.slot, token=hold.token)
+
+
+async def leave(host: Host, coordinator: Coordinator, hold: Hold) -> Slot:
+    """See that nothing of earlier leases runs in a held slot, nor starts there again; returns its record.
+
+    Raises as `enter`.
+    """
+    while True:
+        try:
+            await host.leave(slot_directory(hold.slot), hold.token)
+        except FencedError as error:
+            await coordinator.raise_token(hold, error.top)
+        else:
+            return attrs.evolve(hold.slot, token=hold.token)

@@ -1,0 +1,168 @@
+"""Makes what a pool has on one host: the mirror, the workspace strategy, the cleaner, where saved work lies.
+
+The one place that knows which class stands behind each of them. What a pool has once is `assembly`'s business.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from repopool_async._git import GitRunner
+from repopool_async.components import HostParts
+from repopool_async.config import PoolOptions
+from repopool_async.git_operations import GitOperations
+from repopool_async.host_registry import Machine
+from repopool_async.lock_manager import LockManager
+from repopool_async.mirror import MIRROR_LOCKS, Mirror
+from repopool_async.mirror_sources import Upstream
+from repopool_async.models import Pool
+from repopool_async.run_as import RunAs
+from repopool_async.salvage import SALVAGE_LOCKS, Salvage
+from repopool_async.slot_cleaner import Callbacks, SlotCleaner
+from repopool_async.slot_setup import SlotSetup
+from repopool_async.slot_store import SlotStore
+from repopool_async.store_layout import lock_on
+from repopool_async.workspaces.base import WorkspaceStrategy
+from repopool_async.workspaces.clone import CloneWorkspace
+from repopool_async.workspaces.kept_paths import KeptPaths
+from repopool_async.workspaces.lfs import Lfs
+from repopool_async.workspaces.sparse import Sparse
+from repopool_async.workspaces.submodules import Submodules
+
+
+@attrs.frozen
+class HostAssembly:
+    """What is needed to make a pool's parts on a host.
+
+    Attributes:
+        options: what they are made for. current: returns the options in force when it is called.
+        upstream: returns what the mirror on a host is to be fetched from, where that is not the origin.
+        environment: of the pool's git; its content may be replaced later. emit: tells an event.
+    """
+
+    machine: Machine
+    record: Pool
+    options: PoolOptions
+    current: Callable[[], PoolOptions]
+    run_as: RunAs | None
+    upstream: Callable[[Machine], Upstream | None]
+    environment: Mapping[str, str]
+    allow_protocols: Sequence[str]
+    callbacks: Callbacks
+    store: SlotStore
+    locks: LockManager
+    emit: Callable[[str, Mapping[str, Any]], None]
+
+    def parts(self) -> HostParts:
+        """Make them."""
+        machine = self.machine
+        runner = self._runner()
+        mirror = self._mirror(runner)
+        workspace = self._workspace(runner, mirror)
+        return HostParts(
+            host_id=machine.spec.name,
+            is_here=machine.spec.is_local,
+            host=machine.host,
+            lessee_host=machine.lessee_host,
+            lessee_git=GitOperations(machine.lessee_host),
+            layout=machine.layout,
+            mirror=mirror,
+            cleaner=self._cleaner(runner, mirror, workspace),
+            salvage=self._salvage(runner, mirror, workspace),
+            cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
+            run_as=self.run_as,
+        )
+
+    def _runner(self) -> GitRunner:
+        return GitRunner(
+            self.machine.host,
+            environment=self.environment,
+            timeout=self.options.git_timeout,
+            idle_timeout=self.options.git_idle_timeout,
+            attempts=self.options.fetch_attempts,
+        )
+
+    def _mirror(self, runner: GitRunner) -> Mirror:
+        name = self.record.repo_name
+        return Mirror(
+            self.machine.layout.mirror_path(name),
+            self.record.repo_url,
+            host=self.machine.host,
+            git=runner,
+            locks=self.locks,
+            repo_name=name,
+            remotes=self.options.remotes,
+            is_blobless=self.options.history == "blobless",
+            lock_id=lock_on(self.machine.spec.name, f"{MIRROR_LOCKS}{name}"),
+            # A mirror without file contents cannot give them to another.
+            upstream=self.upstream(self.machine) if self.options.history == "full" else None,
+        )
+
+    def _workspace(self, runner: GitRunner, mirror: Mirror) -> CloneWorkspace:
+        options = self.options
+        sparse = Sparse(host=self.machine.host, git=runner, mirror=mirror, directories=options.sparse)
+        lfs = Lfs(host=self.machine.host, git=runner, is_wanted=options.lfs, includes=sparse.includes)
+        submodules = Submodules(
+            host=self.machine.host,
+            git=runner,
+            mirror=mirror,
+            allow_protocols=self.allow_protocols,
+            is_wanted=lambda: self.current().submodules,
+            lfs=lfs,
+        )
+        return CloneWorkspace(
+            host=self.machine.host,
+            git=runner,
+            mirror=mirror,
+            submodules=submodules,
+            lfs=lfs,
+            sparse=sparse,
+            is_isolated=options.isolation == "full",
+            run_as=self.run_as,
+            kept=self._kept(runner, mirror),
+        )
+
+    def _kept(self, runner: GitRunner, mirror: Mirror) -> KeptPaths:
+        return KeptPaths(host=self.machine.host, git=runner, mirror=mirror, names=self.options.keep)
+
+    def _setup(self, runner: GitRunner, mirror: Mirror) -> SlotSetup | None:
+        if self.options.setup is None:
+            return None
+        return SlotSetup(
+            host=self.machine.lessee_host,
+            git=runner,
+            mirror=mirror,
+            kept=self._kept(runner, mirror),
+            command=self.options.setup,
+            key_files=self.options.setup_key,
+            timeout=self.options.setup_timeout,
+            is_ahead=self.options.warmup_enabled,
+        )
+
+    def _cleaner(self, runner: GitRunner, mirror: Mirror, workspace: WorkspaceStrategy) -> SlotCleaner:
+        return SlotCleaner(
+            GitOperations(self.machine.host, runner=runner),
+            workspace=workspace,
+            store=self.store,
+            callbacks=self.callbacks,
+            on_event=self.emit,
+            rebuild_always=self.current().rebuild_always,
+            run_as=self.run_as,
+            setup=self._setup(runner, mirror),
+        )
+
+    def _salvage(self, runner: GitRunner, mirror: Mirror, workspace: WorkspaceStrategy) -> Salvage:
+        name = self.record.repo_name
+        return Salvage(
+            name,
+            self.machine.layout.pool_directory(name),
+            host=self.machine.host,
+            git=runner,
+            mirror=mirror,
+            locks=self.locks,
+            workspace=workspace,
+            lock_id=lock_on(self.machine.spec.name, f"{SALVAGE_LOCKS}{name}"),
+        )
