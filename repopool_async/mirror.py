@@ -424,12 +424,12 @@ class Mirror:
 
     async def _fetch_now(self, state: MirrorState, as_of: float) -> None:
         self.fetch_count += 1
-        if await self._has_all(state):
-            await self._snapshots.confirm(state, spawned=spawned)
-            return
         with_head = state.head is not None
         try:
             async with self._source.opened(as_of) as spawned:
+                if await self._has_all(state):
+                    await self._snapshots.confirm(state, spawned=spawned)
+                    return
                 await together(
                     lambda: self._git.fetch_origin(with_head=with_head), lambda: self._git.fetch_remotes(self.path)
                 )
@@ -439,7 +439,7 @@ class Mirror:
 
     async def _has_all(self, state: MirrorState) -> bool:
         """Return whether the remotes have nothing that is not here, as far as it is cheaper to ask than to fetch."""
-        if not self._asks_first:
+        if not self._asks_first or self._git.source.url:  # another mirror is asked by fetching
             return False
         answers = await self._git.advertised()
         if answers is None:

@@ -40,7 +40,7 @@ class Seals:
 
     async def begin(self, slot: Slot) -> Mark:
         """Return the mark for a cleaning that begins now: nobody but that cleaning changes anything after it."""
-        offset = wall_minus_boot_ns()
+        offset = (await self._host.clock_offset()).wall_minus_boot_ns
         return Mark(await self._host.file_system_clock_ns(SlotPaths(slot.path).pristine), offset)
 
     async def make(
