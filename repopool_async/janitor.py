@@ -270,7 +270,7 @@ class Janitor:
         trash = str(self._store.trash_path(pool.name))
         for name in await self._host.list_directory(trash):
             try:
-                await self._host.remove_tree(f"{trash}/{name}")
+                await self._host.remove_tree(f"{trash}/{name}", is_urgent=False)
             except OSError as error:
                 _log.warning("%s: cannot delete %s/%s: %s", pool.name, trash, name, error)
 
