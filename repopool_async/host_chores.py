@@ -125,7 +125,7 @@ class HostChores:
             trash = parts.layout.trash_path(self._pool.name)
             for name in await parts.host.list_directory(trash):
                 try:
-                    await parts.host.remove_tree(f"{trash}/{name}")
+                    await parts.host.remove_tree(f"{trash}/{name}", is_urgent=False)
                 except OSError as error:
                     failures.append(f"{parts.host_id}: cannot delete {trash}/{name}: {error}")
 

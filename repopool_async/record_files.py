@@ -7,10 +7,12 @@ import errno
 import fcntl
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from repopool_async import _files
 from repopool_async._clock import now
@@ -22,12 +24,37 @@ T = TypeVar("T")
 RECORD_LIMIT_BYTES: Final = 4 * 1024 * 1024
 SLOT_RECORD_BYTES: Final = 4096
 """A slot's record is filled up to this size, so that it can be overwritten in place; a larger one is replaced."""
+_RECORDS_REMEMBERED: Final = 256
 _LOG_LIMIT_BYTES: Final = 64 * 1024 * 1024
 
 _SLOT_NAME: Final = re.compile(r"slot([1-9][0-9]{0,17})")
 
 NO_PLAIN_FILE: Final = (errno.ELOOP, errno.EISDIR, errno.EINVAL)
 _UNREADABLE: Final = (*NO_PLAIN_FILE, errno.EFBIG, errno.EIO)
+
+
+class _Remembered:
+    """What the newest records' bytes say, as far as this process wrote or read them: decoding costs more than a lock.
+
+    Records are frozen, so one may be given out many times. May be used from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._slots: OrderedDict[bytes, Slot] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, data: bytes, slot: Slot) -> None:
+        with self._lock:
+            self._slots[data] = slot
+            if len(self._slots) > _RECORDS_REMEMBERED:
+                self._slots.popitem(last=False)
+
+    def get(self, data: bytes) -> Slot | None:
+        with self._lock:
+            return self._slots.get(data)
+
+
+_remembered: Final = _Remembered()
 
 
 class _CorruptError(Exception):
@@ -45,7 +72,7 @@ def try_read(kind: type[T], path: str, *, is_settled: bool = False, **identity: 
 def _read_record(kind: type[T], path: str, is_settled: bool, identity: Mapping[str, str]) -> T | None:
     try:
         data = _files.read_regular(path, RECORD_LIMIT_BYTES, is_settled=is_settled)
-        record = None if data is None else loads(kind, remove_checksum(data))
+        record = None if data is None else _decoded(kind, data)
     except NotADirectoryError:
         return None
     except OSError as error:
@@ -60,6 +87,16 @@ def _read_record(kind: type[T], path: str, is_settled: bool, identity: Mapping[s
     return record
 
 
+def _decoded(kind: type[T], data: bytes) -> T:
+    if kind is not Slot:
+        return loads(kind, remove_checksum(data))
+    slot = _remembered.get(data)
+    if slot is None:
+        slot = loads(Slot, remove_checksum(data))
+        _remembered.put(data, slot)
+    return cast("T", slot)
+
+
 def write_slot(path: str, slot: Slot, *, is_durable: bool = False) -> None:
     """Write a slot's record, in place where that is possible.
 
@@ -69,6 +106,7 @@ def write_slot(path: str, slot: Slot, *, is_durable: bool = False) -> None:
     data = add_checksum(encoded(slot), SLOT_RECORD_BYTES)
     if is_durable or len(data) != SLOT_RECORD_BYTES or not _files.overwrite(path, data):
         _files.write_atomic(path, data, durable=is_durable)
+    _remembered.put(data, slot)
 
 
 def encoded(record: Pool | Slot) -> bytes:

@@ -26,6 +26,7 @@ from repopool_async.coordination.records import (
     is_expired,
     is_kept_by_record,
     is_parked,
+    is_ready,
     keeping_expiry,
     lease_of,
     lost,
@@ -41,6 +42,7 @@ from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Slot, SlotS
 from repopool_async.slot_allocator import allocated, cleaning
 from repopool_async.slot_store import SlotStore
 
+_READY_TRIED: Final = 3
 _log: Final = logging.getLogger("repopool")
 
 
@@ -65,6 +67,8 @@ class Ledger:
         """Lease the best free slot; None where nothing is free."""
         view = self._view(want.repo_name)
         is_fresh = view.is_fresh
+        if not is_fresh and (ready := self._claim_ready(view, want)) is not None:
+            return ready
         slots = view.slots() if is_fresh else view.refresh()
         grant = self._claim_first(candidates(slots, want), want)
         if grant is None and is_fresh:
@@ -72,6 +76,16 @@ class Ledger:
             late = [slot for slot in view.refresh() if slot.slot_id not in seen]
             grant = self._claim_first(candidates(late, want), want)
         return grant
+
+    def _claim_ready(self, view: PoolView, want: Want) -> Grant | None:
+        """Lease a slot that could not be better, without looking at all the files of a large pool first.
+
+        What was seen seconds ago is good enough to name one: whether it is still free is asked of its record.
+        """
+        if not view.is_recent:
+            return None
+        ready = [slot for slot in candidates(view.slots(), want)[:_READY_TRIED] if is_ready(slot, want)]
+        return self._claim_first(ready, want)
 
     def unclaim(self, grant: Grant) -> None:
         """Put a slot back as it was before the claim, but for its token, which nobody shall bear again."""

@@ -108,6 +108,12 @@ def keeping_expiry(slot: Slot, stored: Slot) -> Slot:
     return attrs.evolve(slot, lease=attrs.evolve(slot.lease, expires_boottime=stored.lease.expires_boottime))
 
 
+def is_ready(slot: Slot, want: Want) -> bool:
+    """Return whether a slot stands exactly where a claim wants it."""
+    seal = slot.seal
+    return seal is not None and (seal.commit, seal.branch) == (want.commit, want.branch)
+
+
 def candidates(slots: list[Slot], want: Want) -> list[Slot]:
     """Return the slots that a claim may be given, the best first."""
     ordered = order_candidates(slots, commit=want.commit, branch=want.branch)

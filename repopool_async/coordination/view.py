@@ -56,6 +56,11 @@ class PoolView:
         """Whether the files were looked at within the last `FRESH_SECONDS`."""
         return time.monotonic() - self._looked_at < FRESH_SECONDS
 
+    @property
+    def is_recent(self) -> bool:
+        """Whether the files were looked at within the last `_TRUST_SECONDS`."""
+        return time.monotonic() - self._looked_at < _TRUST_SECONDS
+
     def slots(self) -> list[Slot]:
         """Return what was last seen, in no order."""
         return [seen.slot for seen in list(self._seen.values())]

@@ -102,7 +102,7 @@ class RemoteFiles:
         answer = await self._shell.call(lambda _: command("list_names", path), "reading", is_repeatable=True)
         return sorted(os.fsdecode(name) for name in answer.require(path).split(b"\0") if name)
 
-    async def remove_tree(self, path: str) -> None:
+    async def remove_tree(self, path: str, *, is_urgent: bool = True) -> None:  # noqa: ARG002 - it cannot
         """See `Host.remove_tree`; nothing is deleted at all where something is mounted inside."""
         path = path.rstrip("/") or "/"
         call = command("remove_tree", path, mount_name(path))

@@ -437,10 +437,13 @@ class Host(Protocol):
     async def list_directory(self, path: str) -> list[str]:
         """Return the names in a directory, sorted; an absent directory has none."""
 
-    async def remove_tree(self, path: str) -> None:
+    async def remove_tree(self, path: str, *, is_urgent: bool = True) -> None:
         """Delete whatever is at `path`: links not followed, modes that forbid it changed, other mounts not entered.
 
         What is absent is no error. Interrupted, it has deleted a part.
+
+        Args:
+            is_urgent: otherwise everything else may go first, where the host can do so.
 
         Raises:
             OSError: something could not be deleted (EBUSY where something is mounted).

@@ -220,8 +220,10 @@ class LocalHost:
         """See `Host.list_directory`; what is no directory has no names either."""
         return await in_thread(_list_directory, path)
 
-    async def remove_tree(self, path: str) -> None:
+    async def remove_tree(self, path: str, *, is_urgent: bool = True) -> None:
         """See `Host.remove_tree`."""
+        if not is_urgent and await in_thread(_removal.is_large, path):
+            await _remove_gently(path)  # what it could not remove is left to what can
         await in_thread(_removal.remove_tree, path)
 
     async def inspect_tree(
@@ -336,6 +338,16 @@ class LocalHost:
 class _Start:
     argv: Sequence[str]
     env: Mapping[str, str]
+
+
+async def _remove_gently(path: str) -> None:
+    """Delete what is at a path when nobody else needs processor or disk, as far as the machine's own programs can.
+
+    Not in a thread: one that waits for its turn while it has the interpreter's lock would keep everybody waiting.
+    """
+    argv = ["nice", "-n", "19", "ionice", "-c", "3", "rm", "-rf", "--one-file-system", "--", path]
+    with suppress(OSError):
+        await run_process(argv, env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"})
 
 
 def _apply(steps: Sequence[FileStep]) -> None:

@@ -109,6 +109,22 @@ async def history_of(store: SlotStore, slot_id: str) -> list[str]:
 # Claiming and giving back
 
 
+async def test_what_was_seen_before_names_a_slot_and_its_record_says_whether_it_is_free(
+    coordinator: FileCoordinator, other: FileCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = await coordinator.list_slots(REPO)
+    monkeypatch.setattr(view, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(view.PoolView, "refresh", lambda _view: pytest.fail("all the files were looked at"))
+    first = await claimed(coordinator)
+    monkeypatch.undo()
+    await give_back(coordinator, first)
+    taken = await claimed(other, "theirs")  # which `coordinator` has not seen
+
+    second = await claimed(coordinator)
+
+    assert {taken.slot.slot_id, second.slot.slot_id} == {slot.slot_id for slot in seen}
+
+
 # Orphans
 
 

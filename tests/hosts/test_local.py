@@ -245,3 +245,17 @@ class TestBystanders:
             ended = await host.end_processes(mark="REPOPOOL_TEST=none", tree=str(tree))
             assert [entry.split()[0] for entry in ended.bystanders] == [str(os.getpid())]
         assert (await host.end_processes(mark="REPOPOOL_TEST=none", tree=str(tree))).bystanders == ()
+
+
+async def test_much_that_is_not_urgent_is_deleted_too_whatever_its_modes(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "shut").mkdir(parents=True)
+    for number in range(2000):
+        (tree / f"shut/{number}").touch()
+    (tree / "link").symlink_to(tmp_path)
+    (tree / "shut").chmod(0)
+
+    assert _removal.is_large(str(tree)) == (os.geteuid() == 0)
+    await LocalHost().remove_tree(str(tree), is_urgent=False)
+
+    assert list(tmp_path.iterdir()) == []
