@@ -267,7 +267,7 @@ class Acquirer:
         )
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
-            grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt))
+            grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt, parts))
             if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
                 await parts.mirror.catch_up(attempt.seen, resolved)
             if await parts.cleaner.is_setup_due(grant.slot, checkout):
@@ -291,10 +291,9 @@ class Acquirer:
         )
         return self._leases.open(grant, attempt.origin, inherited)
 
-    def _session(self, attempt: _Attempt) -> str:
+    def _session(self, attempt: _Attempt, parts: HostParts) -> str | None:
         """Return in whose name a lease enters its slot: one that outlives this process is not this process's."""
-        session = self._pool.hosts.session
-        return session if attempt.ttl is None else f"{session}-detached"
+        return None if parts.is_here or attempt.ttl is not None else self._pool.hosts.session
 
     async def _timed_out(self, attempt: _Attempt, slots: list[Slot] | None = None) -> PoolTimeoutError:
         slots = slots if slots is not None else await self._pool.parts.coordinator.list_slots(self._pool.name)

@@ -92,7 +92,7 @@ def _machine(spec: HostSpec, config: PoolConfig) -> Machine:
     from repopool_async.hosts.ssh import SshHost  # noqa: PLC0415 - asyncssh is wanted by those only who have such hosts
 
     remote = SshHost(spec.reached_at, host_id=spec.name, host_key=spec.host_key, sessions_directory=sessions)
-    return Machine(spec, remote, remote, layout)
+    return Machine(spec, remote, remote, layout, close=remote.close)
 
 
 class Assembler:

@@ -23,13 +23,13 @@ def guard_of(slot: Slot) -> Guard:
     return Guard(slot_directory(slot), slot.token)
 
 
-async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str) -> Slot:
+async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str | None) -> Slot:
     """Enter a held slot on its host, and return its record with the token that it entered with.
 
     Whoever cleaned it has left it: nothing runs there, unless the records have lost who does.
 
     Args:
-        session: in whose name.
+        session: in whose name; None for a lease that outlives its process, or whose host ends with it.
 
     Raises:
         LeaseLostError: the hold was taken away. UnkillableError: something there does not die.

@@ -6,7 +6,7 @@ The one place that knows which class stands behind each of them. What a pool has
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -31,6 +31,10 @@ from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.lfs import Lfs
 from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Submodules
+
+_TRUST_SECONDS: Final = 1.0
+"""How long the refs of a mirror are believed that another look would take a round trip to; a lease looks again before
+it is handed out."""
 
 
 @attrs.frozen
@@ -97,6 +101,7 @@ class HostAssembly:
             remotes=self.options.remotes,
             is_blobless=self.options.history == "blobless",
             lock_id=lock_on(self.machine.spec.name, f"{MIRROR_LOCKS}{name}"),
+            trust_seconds=0.0 if self.machine.spec.is_local else _TRUST_SECONDS,
             # A mirror without file contents cannot give them to another.
             upstream=self.upstream(self.machine) if self.options.history == "full" else None,
         )

@@ -8,13 +8,14 @@ parked hosts again, is not known here.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import attrs
 
-from repopool_async._aio import Interruptions, TaskSet
+from repopool_async._aio import Interruptions, TaskSet, together
 from repopool_async._identity import new_lease_id
 from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, present_hosts, refused_hosts, with_local
 from repopool_async.coordination.base import Coordinator
@@ -29,6 +30,7 @@ _log: Final = logging.getLogger("repopool")
 
 _PROBE_SECONDS: Final = 10.0
 """How long a host may take to answer when it is asked whether it is there."""
+_LEAVE_SECONDS: Final = 5.0
 _PATIENCE_SECONDS: Final = 3.0
 """How long something may take on a host before it is asked whether it is still there."""
 
@@ -39,13 +41,14 @@ class Machine:
 
     Attributes:
         host: where the pools' own git runs. lessee_host: where lessees' commands run.
-        layout: where things lie there.
+        layout: where things lie there. close: ends the connections to it.
     """
 
     spec: HostSpec
     host: Host
     lessee_host: Host
     layout: StoreLayout
+    close: Callable[[], Awaitable[object]] | None = None
 
     def mirror_url(self, pool: Pool) -> str:
         """Return how git on another host reaches a pool's mirror here: by its path on one machine, else by SSH."""
@@ -97,7 +100,7 @@ class HostRegistry:
     @property
     def specs(self) -> dict[str, HostSpec]:
         """All hosts by name: the manager's own, those of the configuration, those added."""
-        return {**self._added, **self._configured}
+        return {**self._configured, **self._added, **self._configured}  # in this order, and what is configured counts
 
     def declare(self, specs: Mapping[str, HostSpec]) -> None:
         """Take on another configuration's hosts; one that is gone from it is not there any more."""
@@ -336,9 +339,33 @@ class HostRegistry:
         await admit(machine.host, machine.layout.workspaces_directory, await Manager.of(self._workspaces_dir))
         self._admitted.add(host_id)
 
+    # -- being alive ---------------------------------------------------------------------------------------------
+
+    async def beat(self) -> None:
+        """Give a sign of life on every other machine that is in use, where a watchdog ends leases without one."""
+        await together(*[partial(self._beat, machine) for machine in self._elsewhere()])
+
+    async def _beat(self, machine: Machine) -> None:
+        with suppress(HostUnreachableError, OSError):
+            async with self.expected_to_answer(machine.spec.name):
+                await machine.host.beat(self.session)
+
+    def _elsewhere(self) -> list[Machine]:
+        in_use = [machine for name, machine in self._machines.items() if not self.is_out(name)]
+        return [machine for machine in in_use if not machine.spec.is_local]
+
     async def aclose(self) -> None:
-        """End what is under way."""
+        """End what is under way, and what watches over this manager elsewhere."""
         await self._tasks.cancel()
+        await together(*[partial(self._leave, machine) for machine in self._elsewhere()])
+        for machine in self._machines.values():
+            if machine.close is not None:
+                await machine.close()
+
+    async def _leave(self, machine: Machine) -> None:
+        with suppress(HostUnreachableError, OSError, TimeoutError):
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await machine.host.end_session(self.session)
 
 
 _ACTIVE: Final = HostState()

@@ -24,6 +24,8 @@ _log: Final = logging.getLogger("repopool")
 _LOOK_SECONDS: Final = 1.0
 _ASK_SECONDS: Final = (1.0, 60.0)
 """The first and the longest pause between two questions to a host that does not answer."""
+_BEAT_SECONDS: Final = 60.0
+"""A fifth of what hosts' watchdogs wait for."""
 _LOCK_ID: Final = "hosts-probe"
 
 
@@ -57,6 +59,7 @@ class HostWatch:
         self._changed.set()
         self._tasks.spawn(self._look_for_ever(), name="look")
         self._tasks.spawn(self._follow_for_ever(), name="follow")
+        self._tasks.spawn(self._beat_for_ever(), name="beat")
 
     async def stop(self) -> None:
         """End it."""
@@ -70,6 +73,11 @@ class HostWatch:
             except (PoolManagerError, OSError):
                 _log.exception("cannot look after the hosts; tried again in %g s", _LOOK_SECONDS)
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_SECONDS)
+            await self._hosts.beat()
 
     async def _follow_for_ever(self) -> None:
         while True:

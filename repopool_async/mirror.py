@@ -76,6 +76,7 @@ class Mirror:
         repo_name: for messages and the name of the lock. lock_id: another name for the lock.
         is_blobless: fetch file contents only when a check-out needs them.
         trash: where a replaced mirror goes; `trash` beside it where missing.
+        trust_seconds: how long refs are believed that were looked at; not at all where looking costs nothing.
         upstream: another host's mirror of the same repository, which is fetched from instead of the origin.
     """
 
@@ -93,6 +94,7 @@ class Mirror:
         lock_id: str | None = None,
         trash: str | None = None,
         upstream: Upstream | None = None,
+        trust_seconds: float = 0.0,
     ) -> None:
         self.path = path
         self.url = url
@@ -112,6 +114,8 @@ class Mirror:
         self._turn = asyncio.Lock()
         self._snapshot: RefsSnapshot | None = None
         self._snapshot_stamp: tuple[int, int] | None = None
+        self._trust_seconds = trust_seconds
+        self._believed_until = _LONG_AGO
         self._built_at = _LONG_AGO
         self._asks_first = True
         self.fetch_count = 0
@@ -212,6 +216,10 @@ class Mirror:
             Whether a fetch was made or shared.
         """
         if max_age > 0:
+            seen = self._snapshot
+            if seen is not None and seen.boot_id == boot_id() and boottime() - seen.spawned_boottime <= max_age:
+                self._believed_until = boottime() + self._trust_seconds
+                return False
             state = await self._snapshots.state()
             if state is not None and state.boot_id == boot_id() and boottime() - state.spawned_boottime <= max_age:
                 return False
@@ -226,11 +234,22 @@ class Mirror:
         Raises:
             GitOperationError: there is no usable mirror, and none could be made.
         """
-        stat = await self._snapshots.stat()
+        if self._snapshot is not None and boottime() < self._believed_until:
+            return self._snapshot
+        return await self._seen_at(await self._snapshots.stat())
+
+    async def look(self, *paths: str) -> list[FileStat | None]:
+        """Return what lies at paths on the mirror's host and, in the same hop, see whether the refs are still these."""
+        *found, state = await self._host.stat_many([*paths, self._snapshots.state_path])
+        await self._seen_at(state)
+        return found
+
+    async def _seen_at(self, stat: FileStat | None) -> RefsSnapshot:
         stamp = (stat.inode, stat.mtime_ns) if stat else None
         if self._snapshot is None or stamp is None or stamp != self._snapshot_stamp:
             self._snapshot = await self._load_snapshot()
             self._snapshot_stamp = stamp
+        self._believed_until = boottime() + self._trust_seconds
         return self._snapshot
 
     async def resolve(self, ref: str | None) -> ResolvedRef:
@@ -390,6 +409,7 @@ class Mirror:
     async def _build(self) -> None:
         await self._builder.build()
         self._resolver.forget()
+        self._believed_until = _LONG_AGO
 
     # -- fetching ------------------------------------------------------------------------------------------------
 
@@ -400,6 +420,7 @@ class Mirror:
                 state = await self._snapshots.state() or await self._mend()
                 if state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
                     await self._fetch_now(state, flight.last_request)
+        self._believed_until = _LONG_AGO  # what this fetch brought, or another process's that served us
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

@@ -52,7 +52,12 @@ class MirrorSnapshots:
 
     async def stat(self) -> FileStat | None:
         """Return what the state's file is; None where there is no mirror, or a damaged one."""
-        return await self._host.stat(f"{self._path}/repopool/state.json")
+        return await self._host.stat(self.state_path)
+
+    @property
+    def state_path(self) -> str:
+        """Where the state lies; it is replaced whenever anything changes."""
+        return f"{self._path}/repopool/state.json"
 
     async def state(self) -> MirrorState | None:
         """Return what the last fetch left; None where that cannot be read."""

@@ -19,7 +19,7 @@ import repopool_async
 from repopool_async import PoolConfig, PoolManager
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PROGRAMS = ("basic_pool_usage.py", "concurrent_allocation.py", "custom_cleanup.py")
+PROGRAMS = ("basic_pool_usage.py", "concurrent_allocation.py", "custom_cleanup.py", "fleet.py")
 MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repopool_async import ConfigError, HostSpec, PoolConfig, PoolManager, Slot, SlotAllocationError
+from repopool_async import ConfigError, FencedError, HostSpec, PoolConfig, PoolManager, Slot, SlotAllocationError
 from repopool_async._clock import now
 from repopool_async._codec import dumps, loads
 
@@ -146,3 +146,31 @@ async def test_a_commit_that_no_branch_has_is_brought_to_the_host_that_needs_it(
     async with pool.lease(ref="refs/pull/7/head") as one, pool.lease(ref="refs/pull/7/head") as other:
         assert one.commit == other.commit == hidden
         assert {one.host_id, other.host_id} == {"a", "b"}
+
+
+# -- the fence ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_whose_records_lost_its_last_lease_is_given_a_token_above_it(
+    manager: PoolManager, origin: Path, tmp_path: Path
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["a"])
+    (tmp_path / "a/web/slots/slot1/run").mkdir(parents=True)
+    (tmp_path / "a/web/slots/slot1/fence/00000000000000000041").mkdir(parents=True)
+    async with pool.lease() as slot:
+        assert slot.token == 42
+        assert (await slot.run("true")).exit_code == 0
+
+
+async def test_commands_of_a_lease_are_refused_once_its_slot_is_being_cleaned(
+    manager: PoolManager, origin: Path
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=1)
+    slot = await manager.allocate_slot("web", detached=True, ttl=60)
+    assert slot is not None
+    async with PoolManager(manager.config) as other:
+        await other.release_slot(slot.slot_id, token=slot.token)
+    with pytest.raises(FencedError, match="it has ended"):
+        await slot.run("true")
+    assert slot.lost.is_set()
+    assert (await pool.summary()).available == 1

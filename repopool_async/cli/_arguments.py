@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     log.add_argument("--limit", type=_count, metavar="N", help="only the newest N entries")
     _add_salvage(verbs)
     _add_db(verbs)
+    _add_hosts(verbs)
     return parser
 
 
@@ -151,6 +152,31 @@ def _add_db(verbs: Any) -> None:
         add("status", "show the schema's version; the exit status is 1 where it is not the one wanted"),
     ):
         parser.add_argument("--dsn", help="postgresql://… (default: REPOPOOL_DSN)")
+
+
+def _add_hosts(verbs: Any) -> None:
+    about = "the machines that hold slots: look at them, add, drain, park, resume or remove one"
+    hosts = verbs.add_parser("hosts", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    add = _adder(hosts.add_subparsers(dest="action", required=True, metavar="ACTION"), "_hosts")
+    add("list", "show every host, in what condition it is, and its slots")
+    new = add("add", "add a host, for every process of this workspaces directory")
+    new.add_argument("name", metavar="NAME")
+    new.add_argument("address", metavar="ADDRESS", nargs="?", help="`local`, a name of ssh_config, or user@host:port")
+    new.add_argument("--directory", required=True, metavar="DIR", help="where everything lies there; absolute")
+    new.add_argument("--label", action="append", default=[], metavar="WORD", help="by which pools choose it")
+    new.add_argument("--capacity", type=_count, metavar="N", help="how many slots it can hold")
+    new.add_argument("--mirror-from", metavar="HOST", help="whose mirror it fetches from")
+    for name, text in (
+        ("drain", "give no more leases there; those under way go on"),
+        ("park", "take it out of use at once; its leases end as lost"),
+    ):
+        verb = add(name, text)
+        verb.add_argument("name", metavar="NAME")
+        verb.add_argument("--reason", default="", metavar="TEXT", help="for people")
+    add("resume", "use it again after `drain` or `park`").add_argument("name", metavar="NAME")
+    remove = add("remove", "remove its slots, make them anew elsewhere, and forget the host")
+    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("--force", action="store_true", help="also leased slots, and those of a host that is gone")
 
 
 class _Version(argparse.Action):

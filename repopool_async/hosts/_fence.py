@@ -4,7 +4,7 @@ A directory may be used locally today and over SSH tomorrow, or both ways at onc
 What a lease is, and who may have one, is decided elsewhere: here only what the slot's directory says counts.
 """
 # Paths are text here, as in the protocol.
-# ruff: noqa: PTH103, PTH102, PTH108, PTH118, PTH123, PTH208
+# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH118, PTH123, PTH208
 
 import contextlib
 import errno
@@ -43,23 +43,35 @@ def top_of(slot_directory: str) -> str:
     return max(_names(f"{slot_directory}/fence"), default="")
 
 
-def enter(host_id: str, slot_directory: str, token: int, session_directory: str, kills: bool) -> None:
-    """See `Host.enter`."""
+def enter(host_id: str, slot_directory: str, token: int, session_directory: str | None, kills: bool) -> None:
+    """See `Host.enter`; on the way of every lease, so it asks the file system for nothing twice."""
     name = padded(token)
     own = f"{slot_directory}/fence/{name}"
-    os.makedirs(f"{slot_directory}/fence", exist_ok=True)
-    os.makedirs(f"{slot_directory}/run", exist_ok=True)
     _require_highest(host_id, slot_directory, token)
     try:
-        os.mkdir(own)
+        _make_entry(own)
     except FileExistsError:
         raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
     if kills:
         kill_until(host_id, slot_directory, token - 1)
-    write_atomic(f"{own}/boot", f"{boot_id()}\n".encode())
-    _require_highest(host_id, slot_directory, token, is_entered=True)
-    _lower_than(slot_directory, token)
-    _join_session(session_directory, slot_directory, name)
+    # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
+    with open(f"{own}/boot", "wb") as file:
+        file.write(f"{boot_id()}\n".encode())
+    names = _names(f"{slot_directory}/fence")
+    _require_highest(host_id, slot_directory, token, names=names, is_entered=True)
+    _remove_lower(slot_directory, token, names)
+    if session_directory is not None:
+        _join_session(session_directory, slot_directory, name)
+
+
+def _make_entry(path: str) -> None:
+    try:
+        os.mkdir(path)
+    except FileNotFoundError:
+        slot_directory = path.rpartition("/fence/")[0]
+        os.makedirs(f"{slot_directory}/run", exist_ok=True)
+        os.makedirs(f"{slot_directory}/fence", exist_ok=True)
+        os.mkdir(path)
 
 
 def leave(host_id: str, slot_directory: str, token: int) -> None:
@@ -69,18 +81,23 @@ def leave(host_id: str, slot_directory: str, token: int) -> None:
     kill_until(host_id, slot_directory, token)
 
 
-def _require_highest(host_id: str, slot_directory: str, token: int, *, is_entered: bool = False) -> None:
-    top = top_of(slot_directory)
+def _require_highest(
+    host_id: str, slot_directory: str, token: int, *, names: Sequence[str] | None = None, is_entered: bool = False
+) -> None:
+    top = top_of(slot_directory) if names is None else max(names, default="")
     if _number(top) > token or (is_entered and top != padded(token)):
         raise fenced(slot_directory, token, top, host_id=host_id)
 
 
-def _lower_than(slot_directory: str, token: int) -> None:
+def _remove_lower(slot_directory: str, token: int, names: Sequence[str]) -> None:
     """Remove the names below a token, and nothing else: a higher one may have come while we were here."""
-    for name in _names(f"{slot_directory}/fence"):
+    for name in names:
         if _number(name) < token:
+            path = f"{slot_directory}/fence/{name}"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}/boot")
             with contextlib.suppress(OSError):
-                shutil.rmtree(f"{slot_directory}/fence/{name}")
+                os.rmdir(path)
 
 
 def _join_session(session_directory: str, slot_directory: str, name: str) -> None:

@@ -23,7 +23,7 @@ class RemoteFence:
     def _shell(self) -> Shell:
         raise NotImplementedError
 
-    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str | None, *, kills: bool = True) -> None:
         """See `Host.enter`."""
         call = command(
             "enter",
@@ -31,7 +31,7 @@ class RemoteFence:
             padded(token),
             padded(token - 1),
             fence_key(slot_directory),
-            self._session_directory(session),
+            "" if session is None else self._session_directory(session),
             "1" if kills else "",
         )
         answer = await self._shell.call(lambda _: call, "fence")

@@ -97,6 +97,12 @@ class RemoteFiles:
         answer = await self._shell.call(lambda _: command("look", path), "reading", is_repeatable=True)
         return parse_stat(answer.require(path), is_exact=await self._is_exact())
 
+    async def stat_many(self, paths: Sequence[str]) -> list[FileStat | None]:
+        """See `Host.stat_many`."""
+        answer = await self._shell.call(lambda _: command("look_at_all", *paths), "reading", is_repeatable=True)
+        is_exact = await self._is_exact()
+        return [parse_stat(one, is_exact=is_exact) for one in answer.require().split(b"\1\n")[:-1]]
+
     async def list_directory(self, path: str) -> list[str]:
         """See `Host.list_directory`; what is no directory has no names either."""
         answer = await self._shell.call(lambda _: command("list_names", path), "reading", is_repeatable=True)

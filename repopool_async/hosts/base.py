@@ -434,6 +434,9 @@ class Host(Protocol):
     async def stat(self, path: str) -> FileStat | None:
         """Return what is at `path`, itself and not what it links to; None where there is nothing."""
 
+    async def stat_many(self, paths: Sequence[str]) -> list[FileStat | None]:
+        """Return what `stat` would of each path, in one thread hop or round trip."""
+
     async def list_directory(self, path: str) -> list[str]:
         """Return the names in a directory, sorted; an absent directory has none."""
 
@@ -565,14 +568,15 @@ class Host(Protocol):
 
     # The fence: the host is the last word on who may run in a slot, see `remote/fence.sh` for what lies on disk.
 
-    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str | None, *, kills: bool = True) -> None:
         """Make a token the slot's present one, and end what runs there under lower ones.
 
         Args:
             slot_directory: is made where it is missing.
             kills: whether to look for what runs there. Who entered last, and has let nothing run since, need not.
             token: enters once, whatever becomes of the call.
-            session: who enters; the host's watchdog ends what runs in its slots when it gives no sign of life.
+            session: who enters; the host's watchdog ends what runs in its slots when it gives no sign of life. None
+                for nobody whom the watchdog shall know.
 
         Raises:
             FencedError: there is a higher token, or this one has entered before; nothing of the slot may be touched.

@@ -216,6 +216,10 @@ class LocalHost:
         """See `Host.stat`."""
         return await in_thread(_stat, path)
 
+    async def stat_many(self, paths: Sequence[str]) -> list[FileStat | None]:
+        """See `Host.stat_many`."""
+        return await in_thread(lambda: [_stat(path) for path in paths])
+
     async def list_directory(self, path: str) -> list[str]:
         """See `Host.list_directory`; what is no directory has no names either."""
         return await in_thread(_list_directory, path)
@@ -310,9 +314,10 @@ class LocalHost:
 
     # -- the fence -----------------------------------------------------------------------------------------------
 
-    async def enter(self, slot_directory: str, token: int, session: str, *, kills: bool = True) -> None:
+    async def enter(self, slot_directory: str, token: int, session: str | None, *, kills: bool = True) -> None:
         """See `Host.enter`."""
-        await in_thread(_fence.enter, self._id, slot_directory, token, self._session_directory(session), kills)
+        directory = None if session is None else self._session_directory(session)
+        await in_thread(_fence.enter, self._id, slot_directory, token, directory, kills)
 
     async def leave(self, slot_directory: str, token: int) -> None:
         """See `Host.leave`."""

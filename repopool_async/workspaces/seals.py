@@ -76,13 +76,15 @@ class Seals:
         Raises:
             CleanupError: it is not.
         """
-        root = await self.root(slot)
+        root, head = await self._mirror.look(slot.path, f"{slot.path}/.git/HEAD")
+        root = _directory(slot, root)
         is_same_boot = slot.seal is not None and slot.seal.boot_id == await self._host.boot_id()
         if slot.seal is None or not is_same_boot or not is_same_tree(root, slot.seal):
             raise CleanupError(f"{slot.slot_id}: the tree is not the one that was sealed", slot_id=slot.slot_id)
-        if slot.seal.mirror_build != (await self._mirror.snapshot()).build:
+        seen = self._mirror.seen
+        if seen is None or slot.seal.mirror_build != seen.build:
             raise CleanupError(f"{slot.slot_id}: was made of a mirror that was damaged since", slot_id=slot.slot_id)
-        if await self._host.stat(f"{slot.path}/.git/HEAD") is None:
+        if head is None:
             raise CleanupError(f"{slot.slot_id}: the git directory is missing", slot_id=slot.slot_id)
         if not self.is_made_as_wanted(slot.seal):
             raise CleanupError(f"{slot.slot_id}: was made with other options", slot_id=slot.slot_id)
@@ -123,10 +125,7 @@ class Seals:
         Raises:
             CleanupError: there is none.
         """
-        root = await self._host.stat(slot.path)
-        if root is None or root.kind is not FileKind.DIRECTORY:
-            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} is gone", slot_id=slot.slot_id)
-        return root
+        return _directory(slot, await self._host.stat(slot.path))
 
     async def _mark(self, slot: Slot) -> int:
         """Return a time on the file system's clock after which every change of the tree shows.
@@ -139,6 +138,12 @@ class Seals:
         while (mark := await self._host.file_system_clock_ns(paths.pristine)) <= first:  # noqa: ASYNC110 - a clock
             await anyio.sleep(_TICK_SECONDS)
         return mark
+
+
+def _directory(slot: Slot, root: FileStat | None) -> FileStat:
+    if root is None or root.kind is not FileKind.DIRECTORY:
+        raise CleanupError(f"{slot.slot_id}: the tree {slot.path} is gone", slot_id=slot.slot_id)
+    return root
 
 
 def is_same_tree(root: FileStat, seal: Seal | None) -> bool:

@@ -94,7 +94,7 @@ enter() {
         name=${entry##*/}
         if [ "${name%%~*}" -lt "$2" ]; then rm -f -- "$entry/boot" && rmdir -- "$entry" 2>/dev/null; fi
     done
-    join_session "$5" "$1" "$2" "$4"
+    [ -z "$5" ] || join_session "$5" "$1" "$2" "$4"
 }
 
 # Nothing starts under the token any more: the name is above its own and below the next one's. SLOT TOKEN KEY

@@ -5,6 +5,14 @@ look() {
     else ls -dniq "$1"; fi
 }
 
+# PATH...
+look_at_all() {
+    for one in "$@"; do
+        look "$one" || return
+        printf '\001\n'
+    done
+}
+
 # PATH BLOCKS of 64 KiB. Prints nothing and fails with 3 where nothing is. The tests before can be overtaken; GNU dd then
 # still follows no link and waits for no fifo, elsewhere the call's time limit ends the wait.
 read_file() {

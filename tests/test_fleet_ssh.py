@@ -1,0 +1,89 @@
+"""A pool on a host over SSH, through asyncssh's own server: the same promises, and how many executions a lease is."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from repopool_async import (
+    CommandFailedError,
+    FencedError,
+    HostSpec,
+    LeaseLostError,
+    PoolConfig,
+    PoolManager,
+    SlotElsewhereError,
+    SshHost,
+)
+from repopool_async.hosts._ssh_connection import SshOptions
+from tests.hosts import sshd
+from tests.hosts.sshd import Keys, Server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with sshd.asyncssh_server(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+        yield server
+
+
+@pytest.fixture
+async def box(server: Server, tmp_path: Path) -> AsyncIterator[SshHost]:
+    options = SshOptions(config=(str(server.config),))
+    async with SshHost("box", options=options, sessions_directory=str(tmp_path / "sessions")) as host:
+        yield host
+
+
+@pytest.fixture
+async def manager(tmp_path: Path, box: SshHost) -> AsyncIterator[PoolManager]:
+    spec = HostSpec("box", workspaces_dir=str(tmp_path / "there"), host=box)
+    async with PoolManager(PoolConfig(tmp_path / "here", janitor_interval=3600), hosts=[spec]) as manager:
+        yield manager
+
+
+async def test_a_lease_on_another_machine(
+    manager: PoolManager, box: SshHost, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANAGERS_SECRET", "hidden")
+    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)  # its executions would be counted as the lease's
+    pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
+    async with pool.lease(new_branch="agent/x") as slot:
+        assert (slot.host_id, str(slot.path)) == ("box", str(tmp_path / "there/web/slots/slot1/tree"))
+        assert (await slot.run("git", "rev-parse", "HEAD")).text.strip() == slot.commit
+        assert await slot.get_current_branch() == "agent/x"
+        assert "MANAGERS_SECRET" not in (await slot.run("env")).text
+        with pytest.raises(SlotElsewhereError, match="a path on host box"):
+            os.fspath(slot)
+        with pytest.raises(CommandFailedError):
+            await slot.run("false")
+        await slot.run("sh", "-c", "echo dirt >untracked; rm README.md")
+    await manager.wait_clean()
+    async with pool.lease() as slot:
+        assert (await slot.run("git", "status", "--porcelain", "--ignored")).text == ""
+    await manager.wait_clean()
+    before = box.exec_count
+    async with pool.lease():
+        assert box.exec_count - before == 2
+    await manager.delete_pool("web")
+    assert os.listdir(tmp_path / "there") == [".managers"]
+
+
+async def test_what_a_lease_left_running_ends_and_its_token_is_refused(
+    manager: PoolManager, origin: Path, tmp_path: Path
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"])
+    slot = await manager.allocate_slot("web")
+    assert slot is not None
+    async with slot.open_process("sh", "-c", "echo $$; exec sleep 300") as process:
+        pid = int(await process.read())
+        await pool.watch.force_unlock(slot.slot_id)
+        await manager.wait_clean()
+        assert await process.wait() != 0
+        assert not os.path.exists(f"/proc/{pid}")
+    assert slot.lost.is_set()
+    with pytest.raises(FencedError):
+        await slot.run("true")
+    with pytest.raises(LeaseLostError):
+        await manager.release_slot(slot)
+    async with pool.lease() as other:
+        assert (await other.run("true")).exit_code == 0
