@@ -78,7 +78,7 @@ async def admit(host: Host, workspaces_dir: str, manager: Manager) -> None:
 def _machine_id() -> str:
     for path in _MACHINE_IDS:
         try:
-            if text := path.read_text(encoding="ascii", errors="replace").strip():
+            if text := path.read_text(encoding="utf-8", errors="replace").strip():
                 return text
         except OSError:
             continue

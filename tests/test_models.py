@@ -18,6 +18,7 @@ from repopool_async.models import (
     CleanupResult,
     CommandResult,
     GitResult,
+    HostStatus,
     Lease,
     LeaseEnd,
     Owner,
@@ -173,6 +174,18 @@ history: Final = st.builds(
 )
 
 EXAMPLES: Final[list[Any]] = [
+    HostStatus(
+        host_id="far",
+        address="builder@far:2222",
+        workspaces_dir="/srv/pools",
+        labels=("linux", "large"),
+        capacity=8,
+        condition="parked",
+        reason="no answer",
+        total_slots=3,
+        available=0,
+        allocated=1,
+    ),
     OWNER,
     LEASE,
     SEAL,

@@ -158,7 +158,7 @@ def _registered(slot_directory: str, last: int) -> Iterator[_Registered]:
             continue
         path = f"{slot_directory}/run/{name}"
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
+            with open(path, encoding="utf-8", errors="replace") as file:
                 words = file.read().split()
         except OSError:
             continue
@@ -220,7 +220,7 @@ def refusal(host_id: str, guard: Guard) -> FencedError | None:
     """Return why a command under a guard is not started now; None where it is."""
     top = top_of(guard.slot_directory)
     boot = ""
-    with contextlib.suppress(OSError), open(f"{guard.slot_directory}/fence/{top}/boot", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open(f"{guard.slot_directory}/fence/{top}/boot", encoding="utf-8") as file:
         boot = file.read().strip()
     if top == padded(guard.token) and boot == boot_id():
         return None
@@ -250,7 +250,7 @@ def beat(session_directory: str, watch_seconds: float) -> None:
 
 def _is_watched(session_directory: str) -> bool:
     try:
-        with open(f"{session_directory}/watch", encoding="ascii") as file:
+        with open(f"{session_directory}/watch", encoding="utf-8") as file:
             pid, start_time = file.read().split()
         return str(process_start_time(int(pid))) == start_time
     except (OSError, ValueError):
