@@ -87,3 +87,15 @@ async def test_what_a_lease_left_running_ends_and_its_token_is_refused(
         await manager.release_slot(slot)
     async with pool.lease() as other:
         assert (await other.run("true")).exit_code == 0
+
+
+async def test_a_host_is_reached_as_the_users_ssh_configuration_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/config").write_text(server.config.read_text())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hosts = [HostSpec("box", workspaces_dir=str(tmp_path)), HostSpec("other", address="nowhere", workspaces_dir="/x")]
+    async with PoolManager(PoolConfig(tmp_path / "here"), hosts=hosts) as manager:
+        assert await manager._shared.hosts.probe("box") is None
+        assert "nowhere" in (await manager._shared.hosts.probe("other") or "")

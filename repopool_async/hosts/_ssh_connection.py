@@ -284,7 +284,8 @@ class Connection:
         optional = {
             "username": self._target.user,
             "port": self._target.port,
-            "config": None if given.config is None else list(given.config),
+            # Left out it would mean no file at all; empty it means the user's own.
+            "config": () if given.config is None else list(given.config),
             "known_hosts": given.known_hosts,
             "client_keys": None if given.identities is None else list(given.identities),
         }

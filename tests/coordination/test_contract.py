@@ -837,7 +837,7 @@ async def test_a_holder_that_cannot_reach_its_host_parks_the_slot_itself(coordin
     dirty = await coordinator.begin_return(grant)
     await coordinator.finish(grant, broken(dirty, HOST_UNREACHABLE))
     assert await coordinator.take(dirty.slot_id, states={SlotState.ERROR}) is None
-    assert await coordinator.unpark_host("") == [dirty.slot_id]
+    assert await coordinator.unpark_host(dirty.host_id) == [dirty.slot_id]
 
 
 # What hosts and watchers ask
