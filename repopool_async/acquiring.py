@@ -265,6 +265,7 @@ class Acquirer:
             branch=attempt.new_branch or resolved.branch,
             is_tracking=attempt.new_branch is None,
         )
+        self._pool.hosts.require_usable(grant.slot.host_id)  # it may have changed since the ticket was drawn
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
             grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt, parts))

@@ -169,6 +169,11 @@ class HostRegistry:
         """Hosts on which no lease is given and no slot made now."""
         return self._unusable
 
+    def require_usable(self, host_id: str) -> None:
+        """Raise `HostUnreachableError` where no lease is to be given on a host now."""
+        if host_id in self._unusable:
+            raise _out_of_use(host_id)
+
     def is_out(self, host_id: str) -> bool:
         """Whether nothing is to be done on a host now: it is parked, or has just failed to answer."""
         return host_id in self._suspects or self.state(host_id).condition.is_out or host_id not in self.specs
@@ -302,8 +307,7 @@ class HostRegistry:
             yield
             return
         if self.is_out(host_id):
-            text = f"host {host_id} is out of use; `repopool hosts list` says why"
-            raise HostUnreachableError(text, host_id=host_id, has_not_started=True)
+            raise _out_of_use(host_id)
         silent = HostUnreachableError(f"host {host_id} stopped answering", host_id=host_id)
         interruptions = Interruptions()
         asking = self._tasks.spawn(self._ask_meanwhile(host_id, interruptions), name=f"ask-{host_id}")
@@ -366,6 +370,11 @@ class HostRegistry:
         with suppress(HostUnreachableError, OSError, TimeoutError):
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await machine.host.end_session(self.session)
+
+
+def _out_of_use(host_id: str) -> HostUnreachableError:
+    text = f"host {host_id} is out of use; `repopool hosts list` says why"
+    return HostUnreachableError(text, host_id=host_id, has_not_started=True)
 
 
 _ACTIVE: Final = HostState()

@@ -140,6 +140,22 @@ async def test_a_drained_host_keeps_its_leases_and_gets_no_new_ones(manager: Poo
         assert slot.host_id == "a"
 
 
+async def test_who_waits_already_is_not_given_a_slot_on_a_host_that_is_drained_meanwhile(
+    manager: PoolManager, origin: Path
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
+    held = {slot.host_id: slot for slot in [await pool.allocate(), await pool.allocate()] if slot is not None}
+    waiter = asyncio.get_running_loop().create_task(pool.allocate(timeout=60))
+    while not pool.stats()["waiting"]:
+        await asyncio.sleep(0)
+    await manager.drain_host("a")
+    await manager.release_slot(held["a"])
+    await manager.release_slot(held["b"])
+    slot = await waiter
+    assert slot is not None
+    assert slot.host_id == "b"
+
+
 async def test_other_processes_see_what_becomes_of_a_host(
     manager: PoolManager, hosts: list[HostSpec], origin: Path, tmp_path: Path
 ) -> None:
