@@ -65,13 +65,15 @@ def enter(host_id: str, slot_directory: str, token: int, session_directory: str 
 
 
 def _make_entry(path: str) -> None:
+    slot_directory = path.rpartition("/fence/")[0]
     try:
         os.mkdir(path)
     except FileNotFoundError:
-        slot_directory = path.rpartition("/fence/")[0]
-        os.makedirs(f"{slot_directory}/run", exist_ok=True)
         os.makedirs(f"{slot_directory}/fence", exist_ok=True)
         os.mkdir(path)
+    # By itself: a slot that was left before anybody had entered it has a fence and nothing else.
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(f"{slot_directory}/run")
 
 
 def leave(host_id: str, slot_directory: str, token: int) -> None:

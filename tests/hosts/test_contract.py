@@ -780,6 +780,27 @@ class TestFence:
         with pytest.raises(FencedError):
             await host.run(["true"], env=ENV, guard=Guard(slot, 2))
 
+    async def test_who_left_runs_nothing_more_and_only_a_higher_token_enters(self, host: Host, slot: str) -> None:
+        await host.enter(slot, 1, "session")
+        async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 1)) as process:
+            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
+            await host.leave(slot, 1)
+            assert await process.wait() == -signal.SIGKILL
+        await host.leave(slot, 1)
+        with pytest.raises(FencedError):
+            await host.run(["true"], env=ENV, guard=Guard(slot, 1))
+        with pytest.raises(FencedError):
+            await host.enter(slot, 1, "session")
+        await host.enter(slot, 2, "session")
+        assert (await host.run(["true"], env=ENV, guard=Guard(slot, 2))).exit_code == 0
+        with pytest.raises(FencedError):
+            await host.leave(slot, 1)
+
+    async def test_a_slot_that_was_left_before_anybody_entered_it_can_be_used(self, host: Host, slot: str) -> None:
+        await host.leave(slot, 1)  # its owner died between claiming and entering it
+        await host.enter(slot, 2, "session")
+        assert (await host.run(["true"], env=ENV, guard=Guard(slot, 2))).exit_code == 0
+
     async def test_what_cannot_be_started_is_said_as_without_a_guard(self, host: Host, slot: str) -> None:
         await host.enter(slot, 1, "session")
         for arguments in ({"argv": ["no-such-command"]}, {"argv": ["true"], "cwd": f"{slot}/absent"}):
