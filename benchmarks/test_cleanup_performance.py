@@ -76,7 +76,7 @@ class _Bench:
             tell(f"{share:.1%} changed")
             for _ in range(self._scale.slow_rounds):
                 await self._turnaround(self._changing(share, new=0), f"{share:.1%} changed")
-                self._change(self._rivals.plain, share, 0)
+                await asyncio.to_thread(self._change, self._rivals.plain, share, 0)
                 await self._samples.timed(f"{RECIPE}, {share:.1%} changed", self._recipe())
 
     async def _turnaround(self, dirt: Dirt, name: str | None) -> None:
