@@ -81,10 +81,18 @@ class Grant(Hold):
 
     Attributes:
         lease: as written. previous: the record before the claim.
+        ttl: seconds that a detached lease was asked to last; None for one that lives with its process.
     """
 
     lease: Lease
     previous: Slot
+    ttl: float | None = attrs.field(init=False)
+
+    @ttl.default
+    def _as_claimed(self) -> float | None:
+        # Only now does the lease tell: renewing and detaching move its expiry, and when it was acquired stays.
+        expires = self.lease.expires_boottime
+        return None if expires is None else expires - self.lease.acquired_boottime
 
 
 AnyHold = TypeVar("AnyHold", bound=Hold)

@@ -98,13 +98,11 @@ class Ledger:
 
     def detach(self, grant: Grant) -> Lease:
         """Let go of a detached lease's lock; its time starts anew."""
-        lease = grant.lease
-        if lease.expires_boottime is None:
+        if grant.ttl is None:
             raise ValueError(f"{grant.slot.slot_id}: the lease is not detached; claim it with detached_ttl")
         with self._own_record(grant) as stored:
             require_unexpired(stored, self._clock())
-            ttl = lease.expires_boottime - lease.acquired_boottime
-            grant.slot = self._write(with_expiry(stored, self._clock() + ttl))
+            grant.slot = self._write(with_expiry(stored, self._clock() + grant.ttl))
         grant.lock.release_sync()
         grant.lease = lease_of(grant.slot)
         return grant.lease

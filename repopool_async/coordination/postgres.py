@@ -188,10 +188,9 @@ class PostgresCoordinator:
 
     async def detach(self, grant: Grant) -> Lease:
         """See `Coordinator.detach`."""
-        ttl = grant.lease.expires_boottime
-        if ttl is None:
+        if grant.ttl is None:
             raise ValueError(f"{grant.slot.slot_id}: the lease is not detached; claim it with detached_ttl")
-        lease = await self._renew(grant.slot.slot_id, grant.token, ttl - grant.lease.acquired_boottime, lets_go=True)
+        lease = await self._renew(grant.slot.slot_id, grant.token, grant.ttl, lets_go=True)
         grant.lock.end()
         grant.slot = attrs.evolve(grant.slot, lease=lease)
         grant.lease = lease

@@ -278,6 +278,16 @@ async def test_a_detached_lease_is_held_by_its_record(
     assert await other.take(grant.slot.slot_id, states=ALL_STATES) is None
 
 
+async def test_a_lease_that_is_detached_again_lasts_no_longer_than_was_asked(
+    coordinator: Coordinator, place: Place
+) -> None:
+    grant = await claimed(coordinator, detached_ttl=60)
+    for _ in range(3):
+        await place.advance(20)
+        lease = await coordinator.detach(grant)
+        assert lease.expires_boottime == pytest.approx(place.now() + 60, abs=1)
+
+
 async def test_a_detached_lease_may_be_given_back_by_whoever_has_its_token(
     coordinator: Coordinator, other: Coordinator, place: Place
 ) -> None:
