@@ -9,15 +9,14 @@ garbage collection here, only repacking. Slots, leases and cleaning are not its 
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import attrs
 
 from repopool_async._aio import TaskSet, together
 from repopool_async._clock import boottime
-from repopool_async._git import WORK_MARK, GitRunner, with_credentials
+from repopool_async._git import GitRunner, with_credentials
 from repopool_async._git_arguments import Credentials
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import (
@@ -37,6 +36,7 @@ from repopool_async.mirror_sources import MirrorSource, Upstream
 from repopool_async.models import ResolvedRef
 from repopool_async.ref_resolver import RefResolver
 from repopool_async.refs import RefsSnapshot
+from repopool_async.repository_lock import RepositoryLock
 
 _log: Final = logging.getLogger("repopool")
 
@@ -120,6 +120,7 @@ class Mirror:
         self._asks_first = True
         self.fetch_count = 0
         self._lock_id = lock_id or f"{MIRROR_LOCKS}{repo_name}"
+        self._lock = RepositoryLock(path, host=host, locks=locks, lock_id=self._lock_id)
         self._submodules: dict[tuple[str, bool], Mirror] = {}
 
     @property
@@ -148,7 +149,7 @@ class Mirror:
         """
         if await self._snapshots.stat() is not None:
             return
-        async with self._alone():
+        async with self._lock.alone():
             if await self._snapshots.stat() is None:
                 await self._build()
 
@@ -162,7 +163,7 @@ class Mirror:
             GitOperationError: the remote could not be cloned.
         """
         seen = await self._host.stat(self.path)
-        async with self._alone():
+        async with self._lock.alone():
             if _is_same(seen, await self._host.stat(self.path)):
                 await self._build()
 
@@ -340,14 +341,14 @@ class Mirror:
 
     async def unkeep_matching(self, *patterns: str) -> None:
         """Forget the commits kept under names that match, packed refs or not."""
-        async with self._alone():
+        async with self._lock.alone():
             named = [f"refs/repopool/keep/{pattern}" for pattern in patterns]
             kept = await self._git.run("for-each-ref", "--format=delete %(refname)", *named)
             await self._git.change_refs(kept.stdout)
 
     async def maintain(self) -> None:
         """Repack incrementally and pack refs; nothing is pruned. Call it when the pool is idle."""
-        async with self._alone():
+        async with self._lock.alone():
             names = await self._host.list_directory(f"{self.objects}/pack")
             await self._git.repack(sum(name.endswith(".pack") for name in names))
             await self._git.run("pack-refs", "--all")
@@ -416,32 +417,11 @@ class Mirror:
     async def _fly(self, flight: _Flight) -> None:
         async with self._turn:
             flight.is_joinable = False
-            async with self._alone():
+            async with self._lock.alone():
                 state = await self._snapshots.state() or await self._mend()
                 if state.boot_id != boot_id() or state.spawned_boottime < flight.last_request:
                     await self._fetch_now(state, flight.last_request)
         self._believed_until = _LONG_AGO  # what this fetch brought, or another process's that served us
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Hold the mirror's lock for the block, after whatever a dead holder left is out of the way."""
-        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None) as held:
-            if held.was_left:
-                await self._clear_up()
-            yield
-
-    async def _clear_up(self) -> None:
-        """End the git of a holder that died, and remove the locks that a killed git leaves; we hold the lock."""
-        await self._host.end_processes(mark=f"{WORK_MARK}={self.path}", tree=self.path)
-        stale = [f"{self.path}/{name}.lock" for name in ("packed-refs", "HEAD", "shallow", "config")]
-        await self._host.apply([RemoveFile(path) for path in [*stale, *await self._locks_below(f"{self.path}/refs")]])
-
-    async def _locks_below(self, directory: str) -> list[str]:
-        found: list[str] = []
-        for name in await self._host.list_directory(directory):
-            path = f"{directory}/{name}"
-            found += [path] if name.endswith(".lock") else await self._locks_below(path)
-        return found
 
     async def _fetch_now(self, state: MirrorState, as_of: float) -> None:
         self.fetch_count += 1
@@ -487,7 +467,7 @@ class Mirror:
         """
         await self.ensure()
         named = await self._source.bring_ref(source, target)
-        async with self._turn, self._alone():
+        async with self._turn, self._lock.alone():
             try:
                 await self._fetch_ref_now(named, target)
             except _DAMAGE as error:
@@ -503,7 +483,7 @@ class Mirror:
     async def _load_snapshot(self) -> RefsSnapshot:
         state = await self._snapshots.state()
         if state is None:
-            async with self._locks.acquire_slot_lock(self._lock_id, timeout=None):
+            async with self._lock.alone():
                 state = await self._snapshots.state() or await self._mend()
         snapshot = await self._snapshots.read(state, known=self._snapshot)
         if snapshot is not None:

@@ -6,8 +6,7 @@ other branches and the stashes; what else is known is JSON in its message. Readi
 `salvage_reader`'s business; when a lease's work is due to be saved is the keeper's.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import datetime
 from typing import Final, Protocol
 from uuid import uuid4
@@ -18,10 +17,11 @@ from repopool_async._clock import now
 from repopool_async._codec import CodecError, dumps, loads
 from repopool_async._git import WORK_MARK, GitRunner, validate_branch_name
 from repopool_async.exceptions import RefError, SalvageNotFoundError
-from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDirectory, RemoveFile, WriteFile
+from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDirectory, WriteFile
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CommandResult, GitResult, RestoredSalvage, SalvageRecord, Slot
+from repopool_async.repository_lock import RepositoryLock
 from repopool_async.salvage_reader import EXCLUDE_PROMISED, LeftWork, SalvageReader
 from repopool_async.workspaces.base import WorkspaceStrategy
 
@@ -77,9 +77,8 @@ class Salvage:
         self._host = host
         self._git = git
         self._mirror = mirror
-        self._locks = locks
         self._workspace = workspace
-        self._lock_id = lock_id or f"{SALVAGE_LOCKS}{repo_name}"
+        self._lock = RepositoryLock(self.path, host=host, locks=locks, lock_id=lock_id or f"{SALVAGE_LOCKS}{repo_name}")
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ class Salvage:
         boundary = await self._boundary(commit, repository)
         promises = self._mirror.promises
         missing, promised = (("--missing=allow-promisor",), (EXCLUDE_PROMISED,)) if promises else ((), ())
-        async with self._alone():
+        async with self._lock.alone():  # others would prune what was packed and is not named yet
             await self._make_repository()
             revisions = "".join(f"{line}\n" for line in (commit, "--not", *boundary)).encode()
             await self._git.run(
@@ -329,27 +328,12 @@ class Salvage:
             )
 
     async def _forget(self, salvage_ids: list[str]) -> None:
-        async with self._alone():
+        async with self._lock.alone():
             asked = "".join(f"delete {_REFS}/{salvage_id}\n" for salvage_id in salvage_ids).encode()
             await self._change("update-ref", "--no-deref", "--stdin", input=asked)
             await self._change("repack", "-a", "-d", "-l", "-q", "--no-write-bitmap-index")
             await self._change("prune", "--expire=now")
         await self._mirror.unkeep_matching(*(f"salvage-{salvage_id}-*" for salvage_id in salvage_ids))
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Exclude others for the block: what was packed and is not named yet would be pruned."""
-        async with self._locks.acquire_slot_lock(self._lock_id, timeout=None) as held:
-            if held.was_left:
-                await self._clear_up()
-            yield
-
-    async def _clear_up(self) -> None:
-        """End the git of a holder that died, and remove the locks that a killed git leaves."""
-        await self._host.end_processes(mark=f"{WORK_MARK}={self.path}", tree=self.path)
-        refs = [f"{_REFS}/{name}" for name in await self._host.list_directory(f"{self.path}/{_REFS}")]
-        stale = ["packed-refs.lock", "shallow.lock", *(name for name in refs if name.endswith(".lock"))]
-        await self._host.apply([RemoveFile(f"{self.path}/{name}") for name in stale])
 
     async def _run(self, *args: str, config: Mapping[str, str] | None = None) -> GitResult:
         return await self._git.run(*args, git_dir=self.path, config=config, repo_name=self._repo_name)
