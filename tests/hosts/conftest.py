@@ -11,6 +11,7 @@ from repopool_async.hosts.base import Host
 from repopool_async.hosts.local import LocalHost
 from repopool_async.hosts.ssh import SshHost
 from tests.hosts import sshd
+from tests.hosts.daemons import Daemons
 from tests.hosts.sshd import Keys, Server
 
 WATCH_SECONDS = 0.4
@@ -51,6 +52,25 @@ async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         return
     async with reach(request.getfixturevalue(f"{request.param}_server"), tmp_path) as remote:
         yield remote
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    path = tmp_path / "tree"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def trash(tmp_path: Path) -> str:
+    return str(tmp_path / "trash")
+
+
+@pytest.fixture
+async def daemons(host: Host) -> AsyncIterator[Daemons]:
+    daemons = Daemons(host)
+    yield daemons
+    daemons.close()
 
 
 def reach(server: Server, directory: Path, *, port: int | None = None, **options: object) -> SshHost:

@@ -11,8 +11,7 @@ import socket
 import stat
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,26 +33,7 @@ from repopool_async.hosts.base import (
     WriteFile,
 )
 from repopool_async.hosts.local import LocalHost
-
-FOREVER = "1000"
-
-
-ENV = {"PATH": os.environ["PATH"]}
-
-
-NOBODY = 65534
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    path = tmp_path / "tree"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def trash(tmp_path: Path) -> str:
-    return str(tmp_path / "trash")
+from tests.hosts.daemons import ENV, FOREVER, Daemons, until
 
 
 def names_in(directory: str | Path) -> list[str]:
@@ -475,41 +455,6 @@ class TestRemovingTrees:
         assert not tree.exists()
 
 
-class Daemons:
-    """Starts processes in sessions of their own whose parents have gone."""
-
-    def __init__(self, host: Host) -> None:
-        self.name = f"REPOPOOL_TEST_{uuid.uuid4().hex}"
-        self.mark = f"{self.name}=lease"
-        self._host = host
-        self._started: list[int] = []
-
-    async def start(self, script: str, *, value: str | None = "lease", cwd: Path | None = None) -> int:
-        """Start a script, which goes on after a command `ready` of its own; return its pid."""
-        env = ENV if value is None else {**ENV, self.name: value}
-        outer = 'pid=$(setsid -f sh -c "$1" </dev/null 2>/dev/null); echo $pid'
-        inner = script.replace("ready", "echo $$; exec >/dev/null")
-        result = await self._host.run(["sh", "-c", outer, "sh", inner], env=env, cwd=None if cwd is None else str(cwd))
-        self._started.append(int(result.stdout))
-        if script.endswith(f"exec sleep {FOREVER}"):
-            await _until(lambda: Path(f"/proc/{self._started[-1]}/comm").read_text() != "sh\n")
-        return self._started[-1]
-
-    def running(self) -> list[int]:
-        return [pid for pid in self._started if process_start_time(pid) is not None]
-
-    def close(self) -> None:
-        for pid in self.running():
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-async def daemons(host: Host) -> AsyncIterator[Daemons]:
-    daemons = Daemons(host)
-    yield daemons
-    daemons.close()
-
-
 class TestEndingProcesses:
     async def test_whatever_bears_the_mark_is_ended_wherever_it_went(
         self, host: Host, daemons: Daemons, tree: Path
@@ -699,7 +644,7 @@ class TestFence:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         assert Path(slot, "fence", f"{42:020d}", "boot").read_text() == boot
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 42)) as process:
-            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
+            await until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             (name,) = names_in(f"{slot}/run")
             assert name == f"{42:020d}.{process.pid}"
             start = process_start_time(process.pid)
@@ -738,7 +683,7 @@ class TestFence:
     async def test_killing_ends_lower_tokens_only(self, host: Host, slot: str) -> None:
         await host.enter(slot, 5, "session")
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 5)) as process:
-            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
+            await until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             await host.kill(slot, 5)
             assert process.exit_code is None
             await host.kill(slot, 6)
@@ -771,7 +716,7 @@ class TestFence:
         here = LocalHost(sessions_directory=str(tmp_path / "sessions"))
         await host.enter(slot, 1, "there")
         async with here.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 1)) as process:
-            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
+            await until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             await host.enter(slot, 2, "there")
             assert await process.wait() == -signal.SIGKILL
         with pytest.raises(FencedError):
@@ -783,7 +728,7 @@ class TestFence:
     async def test_who_left_runs_nothing_more_and_only_a_higher_token_enters(self, host: Host, slot: str) -> None:
         await host.enter(slot, 1, "session")
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 1)) as process:
-            await _until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
+            await until(lambda: any(path.stat().st_size for path in Path(slot, "run").iterdir()))
             await host.leave(slot, 1)
             assert await process.wait() == -signal.SIGKILL
         await host.leave(slot, 1)
@@ -840,7 +785,7 @@ class TestWatchdog:
             watch = (tmp_path / "sessions/alive/watch").read_text()
             assert process_start_time(int(watch.split()[0])) is not None
             await host.end_session("alive")
-            await _until(lambda: process_start_time(int(watch.split()[0])) is None)
+            await until(lambda: process_start_time(int(watch.split()[0])) is None)
             assert process.exit_code is None
 
     async def test_what_a_later_token_runs_is_not_the_sessions(self, host: Host, slot: str) -> None:
@@ -848,16 +793,10 @@ class TestWatchdog:
         await host.beat("gone")
         await host.enter(slot, 2, "other")
         async with host.open_process(["sleep", FOREVER], env=ENV, guard=Guard(slot, 2)) as process:
-            await _until(lambda: not (Path(slot).parent.parent / "sessions/gone").exists())
+            await until(lambda: not (Path(slot).parent.parent / "sessions/gone").exists())
             assert process.exit_code is None
 
     @pytest.mark.parametrize("session", ["", "../x", "a/b", "-x", "a b", "x\n"])
     async def test_a_session_is_no_path(self, host: Host, session: str) -> None:
         with pytest.raises(ValueError, match="session"):
             await host.beat(session)
-
-
-async def _until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_so():
-            await asyncio.sleep(0.005)

@@ -1,29 +1,21 @@
 import asyncio
 import multiprocessing
 import os
-import signal
 import stat
 import sys
 import tempfile
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from repopool_async import _removal
-from repopool_async._identity import process_start_time
 from repopool_async.hosts import _tree
 from repopool_async.hosts.base import (
     Host,
 )
 from repopool_async.hosts.local import LocalHost
-
-FOREVER = "1000"
-
-
-ENV = {"PATH": os.environ["PATH"]}
-
+from tests.hosts.daemons import ENV, FOREVER, Daemons
 
 NOBODY = 65534
 
@@ -31,18 +23,6 @@ NOBODY = 65534
 @pytest.fixture
 def host() -> Host:
     return LocalHost()
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    path = tmp_path / "tree"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def trash(tmp_path: Path) -> str:
-    return str(tmp_path / "trash")
 
 
 def as_nobody(work: Callable[[], None]) -> None:
@@ -191,39 +171,6 @@ class TestRemovingEntries:
             assert names_in(nobodys_directory) == []
 
         as_nobody(work)
-
-
-class Daemons:
-    """Starts processes in sessions of their own whose parents have gone."""
-
-    def __init__(self, host: Host) -> None:
-        self.name = f"REPOPOOL_TEST_{uuid.uuid4().hex}"
-        self.mark = f"{self.name}=lease"
-        self._host = host
-        self._started: list[int] = []
-
-    async def start(self, script: str, *, value: str | None = "lease", cwd: Path | None = None) -> int:
-        """Start a script, which goes on after a command `ready` of its own; return its pid."""
-        env = ENV if value is None else {**ENV, self.name: value}
-        outer = 'pid=$(setsid -f sh -c "$1" </dev/null 2>/dev/null); echo $pid'
-        inner = script.replace("ready", "echo $$; exec >/dev/null")
-        result = await self._host.run(["sh", "-c", outer, "sh", inner], env=env, cwd=None if cwd is None else str(cwd))
-        self._started.append(int(result.stdout))
-        return self._started[-1]
-
-    def running(self) -> list[int]:
-        return [pid for pid in self._started if process_start_time(pid) is not None]
-
-    def close(self) -> None:
-        for pid in self.running():
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-async def daemons(host: Host) -> AsyncIterator[Daemons]:
-    daemons = Daemons(host)
-    yield daemons
-    daemons.close()
 
 
 class TestEndingProcesses:

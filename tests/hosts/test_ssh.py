@@ -21,11 +21,9 @@ from repopool_async.hosts.base import Command, CopyFile, MakeDirectory, Wanted, 
 from repopool_async.hosts.ssh import SshHost
 from tests.hosts import sshd
 from tests.hosts.conftest import reach
+from tests.hosts.daemons import ENV, FOREVER
 from tests.hosts.proxy import Proxy, proxy
 from tests.hosts.sshd import Server, write_config
-
-FOREVER = "1000"
-ENV = {"PATH": os.environ["PATH"]}
 
 
 async def until_gone(*pids: int) -> None:

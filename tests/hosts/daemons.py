@@ -1,0 +1,51 @@
+"""Processes whose parents have gone, in sessions of their own, as lessees leave them."""
+
+import asyncio
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from repopool_async._identity import process_start_time
+from repopool_async.hosts.base import Host
+
+FOREVER: Final = "1000"
+"""How long something sleeps that is to be ended, in seconds."""
+ENV: Final = {"PATH": os.environ["PATH"]}
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for a condition; fail where it does not come true."""
+    async with asyncio.timeout(20):
+        while not is_so():
+            await asyncio.sleep(0.005)
+
+
+class Daemons:
+    """Starts processes in sessions of their own whose parents have gone."""
+
+    def __init__(self, host: Host) -> None:
+        self.name = f"REPOPOOL_TEST_{uuid.uuid4().hex}"
+        self.mark = f"{self.name}=lease"
+        self._host = host
+        self._started: list[int] = []
+
+    async def start(self, script: str, *, value: str | None = "lease", cwd: Path | None = None) -> int:
+        """Start a script, which goes on after a command `ready` of its own; return its pid."""
+        env = ENV if value is None else {**ENV, self.name: value}
+        outer = 'pid=$(setsid -f sh -c "$1" </dev/null 2>/dev/null); echo $pid'
+        inner = script.replace("ready", "echo $$; exec >/dev/null")
+        result = await self._host.run(["sh", "-c", outer, "sh", inner], env=env, cwd=None if cwd is None else str(cwd))
+        self._started.append(int(result.stdout))
+        if script.endswith(f"exec sleep {FOREVER}"):
+            await until(lambda: Path(f"/proc/{self._started[-1]}/comm").read_text() != "sh\n")
+        return self._started[-1]
+
+    def running(self) -> list[int]:
+        return [pid for pid in self._started if process_start_time(pid) is not None]
+
+    def close(self) -> None:
+        for pid in self.running():
+            os.kill(pid, signal.SIGKILL)
