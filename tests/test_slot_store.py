@@ -11,8 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -39,8 +37,8 @@ from repopool_async.models import (
 )
 from repopool_async.record_files import RECORD_LIMIT_BYTES
 from repopool_async.slot_store import LOG_ROTATE_BYTES, SlotStore
+from tests import _forks
 
-NOBODY: Final = 65534
 PATIENTLY: Final = settings(deadline=None)
 NOON: Final = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
 URL: Final = "https://example.org/web.git"
@@ -113,30 +111,12 @@ def as_ordinary_user(act: Callable[[Path], object]) -> None:
     """Run `act` with a directory of its own in a forked child that is not root; fail where it raises."""
     directory = Path(tempfile.mkdtemp(prefix="repopool-test-"))
     if os.geteuid() == 0:
-        os.chown(directory, NOBODY, NOBODY)
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
-            act(directory)
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - the parent is told
-            os.write(writer, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        complaint = pipe.read().decode()
-    _, status = os.waitpid(pid, 0)
-    subprocess.run(["chmod", "-R", "u+rwx", str(directory)], check=True, capture_output=True)
-    shutil.rmtree(directory)
-    assert status == 0, complaint
+        os.chown(directory, _forks.NOBODY, _forks.NOBODY)
+    try:
+        _forks.as_ordinary_user(lambda: act(directory))
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwx", str(directory)], check=True, capture_output=True)
+        shutil.rmtree(directory)
 
 
 class TestLayout:
