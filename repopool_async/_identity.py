@@ -1,7 +1,7 @@
 """Who a process is, in a form that outlives it and cannot be mistaken for a later process with the same pid.
 
 A pid alone means nothing after a reboot or a pid wrap, and nothing on another machine. An `Owner` therefore carries
-host, boot id, pid and process start time; it is *dead* only on proof. This module does not know what is owned.
+host, boot id, pid and process start time. Whether it is dead is told by locks, not here; nor is what it owns known.
 """
 
 import functools
@@ -62,27 +62,6 @@ def this_process() -> Owner:
 @functools.lru_cache(maxsize=1)
 def _owner_of(pid: int) -> Owner:  # noqa: ARG001 - a forked child is somebody else
     return current_owner()
-
-
-def is_proven_dead(owner: Owner) -> bool:
-    """Return True only where the owner certainly no longer runs.
-
-    Another host's process is never proven dead here. Without a readable start time a running pid counts as alive.
-    """
-    if owner.host != host_name():
-        return False
-    if owner.boot_id != boot_id():
-        return True
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # it runs, as somebody else: the start time decides
-    start_time = process_start_time(owner.pid)
-    if start_time is None:
-        return _PROC.joinpath("self", "stat").exists()
-    return owner.start_time not in (0, start_time)
 
 
 def new_lease_id() -> str:
