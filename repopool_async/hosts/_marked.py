@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -134,14 +135,16 @@ class _Target:
         return bool(poll.poll(seconds * 1000))
 
 
-def _find_marked(mark: _Mark) -> list[_Target]:
-    """Find the processes that bear the mark, those started while we look included, this one not."""
-    targets: list[_Target] = []
+def _others() -> Iterator[int]:
+    """Name every process but this one, those started while we look included: heirs of some that ended unseen."""
     seen = {os.getpid()}
     while unseen := [pid for pid in pids() if pid not in seen]:
         seen.update(unseen)
-        targets += [target for pid in unseen if (target := _marked(pid, mark)) is not None]
-    return targets
+        yield from unseen
+
+
+def _find_marked(mark: _Mark) -> list[_Target]:
+    return [target for pid in _others() if (target := _marked(pid, mark)) is not None]
 
 
 def _marked(pid: int, mark: _Mark) -> _Target | None:
@@ -164,8 +167,8 @@ def find_variable(prefix: str, last: int) -> list[_Target]:
     """Find the processes in whose environment a variable's text is a prefix and a number not above `last`."""
     start = os.fsencode(prefix)
     found = []
-    for pid in pids():
-        for text in _environment(pid).split(b"\0") if pid != os.getpid() else ():
+    for pid in _others():
+        for text in _environment(pid).split(b"\0"):
             number = text.removeprefix(start)
             is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
             target = _marked(pid, _Mark(text, None)) if is_ours else None

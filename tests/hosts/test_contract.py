@@ -18,6 +18,7 @@ import pytest
 
 from repopool_async._identity import process_start_time
 from repopool_async.exceptions import CommandTimeoutError, FencedError
+from repopool_async.hosts._proc import pids, read
 from repopool_async.hosts.base import (
     Command,
     CopyFile,
@@ -507,6 +508,17 @@ class TestEndingProcesses:
         await host.end_processes(mark=daemons.mark, tree=str(tree))
         assert (await host.end_processes(mark=daemons.mark, tree=str(tree))).killed == ()
 
+    async def test_what_hands_itself_on_is_ended(
+        self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
+    ) -> None:
+        """Who looks once sees those that are gone, and not their heirs."""
+        relay = tmp_path / "relay"
+        relay.write_text(f"sleep 0.02; [ $1 = 0 ] || setsid sh {relay} $(($1 - 1)) &\n")
+        await daemons.start(f"ready; exec sh {relay} 500")
+        await host.end_processes(mark=daemons.mark, tree=str(tree))
+        here = LocalHost(sessions_directory=str(tmp_path / "sessions"))
+        assert (await here.end_processes(mark=daemons.mark, tree=str(tree))).killed == ()
+
     async def test_those_whose_first_thread_has_ended_are_found(
         self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
     ) -> None:
@@ -679,6 +691,16 @@ class TestFence:
             assert [pid for pid in pids if process_start_time(pid) is not None] == []
             assert await process.wait() == -signal.SIGKILL
         assert names_in(f"{slot}/run") == []
+
+    async def test_killing_ends_what_hands_itself_on(self, host: Host, slot: str, tmp_path: Path) -> None:
+        relay = tmp_path / "relay"
+        relay.write_text(f"sleep 0.02; [ $1 = 0 ] || setsid sh {relay} $(($1 - 1)) &\n")
+        await host.enter(slot, 1, "session")
+        async with host.open_process(["sh", str(relay), "500"], env=ENV, guard=Guard(slot, 1)) as process:
+            await process.wait()
+            await host.kill(slot, 2)
+            alive = [pid for pid in pids() if read(f"/proc/{pid}/cmdline").startswith(b"sh\0" + os.fsencode(relay))]
+            assert alive == []
 
     async def test_killing_ends_lower_tokens_only(self, host: Host, slot: str) -> None:
         await host.enter(slot, 5, "session")

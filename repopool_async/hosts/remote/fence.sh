@@ -55,21 +55,26 @@ kill_until() {
 kill_strays() {
     [ -r /proc/self/stat ] || return 0
     rounds=50
-    while [ "$rounds" -gt 0 ]; do
+    while look look_for_strays "$@" && [ "$found" ] && [ "$rounds" -gt 0 ]; do
         rounds=$((rounds - 1))
-        found=
-        for file in $(grep -l -s -a -F -e "REPOPOOL_FENCE=$2." /proc/[0-9]*/environ 2>/dev/null); do
-            token=$(tr '\0' '\n' <"$file" 2>/dev/null | sed -n "s/^REPOPOOL_FENCE=$2\\.\\([0-9]*\\)\$/\\1/p")
-            [ "$token" ] && [ "$token" -le "$1" ] || continue
-            file=${file#/proc/}
-            start_of "${file%%/*}"
-            [ "$started" ] && found="$found ${file%%/*}:$started"
-        done
-        [ "$found" ] || return 0
         signal_found KILL
         await_found 500
         for one in $found; do stuck="$stuck ${one%%:*}"; done
         [ -z "$found" ] || return 0
+    done
+}
+
+# LAST KEY
+look_for_strays() {
+    environs=
+    for one in $unseen; do environs="$environs $one/environ"; done
+    # shellcheck disable=SC2086 # words
+    for file in $(grep -l -s -a -F -e "REPOPOOL_FENCE=$2." $environs 2>/dev/null); do
+        token=$(tr '\0' '\n' 2>/dev/null <"$file" | sed -n "s/^REPOPOOL_FENCE=$2\\.\\([0-9]*\\)\$/\\1/p")
+        [ "$token" ] && [ "$token" -le "$1" ] || continue
+        file=${file#/proc/}
+        start_of "${file%%/*}"
+        [ "$started" ] && found="$found ${file%%/*}:$started"
     done
 }
 

@@ -1,21 +1,69 @@
 # Processes that bear a mark in their environment, or are in a group of users, in $found: `pid:start` words.
 # MARK USERS_GROUP
-find_marked() {
-    found=
+find_marked() { look look_for_marks "$@"; }
+
+# Has those in $unseen looked at until there is somebody in $found or nobody left to look at: one that was started
+# meanwhile may be the heir of one that ended unseen. COMMAND ARGUMENT...
+look() {
+    found='' seen='' looks=50
+    while find_unseen && [ "$unseen" ] && [ -z "$found" ] && [ "$looks" -gt 0 ]; do
+        seen="$seen$unseen" looks=$((looks - 1))
+        await_execs
+        "$@"
+    done
+    return 0 # also where the last one looked at had ended
+}
+
+# Directories of processes that $seen does not name, in $unseen. What looked before has ended, and is not among them.
+find_unseen() {
+    unseen=
+    for one in /proc/[0-9]*; do
+        case "$seen " in *" $one "*) ;; *) unseen="$unseen $one";; esac
+    done
+}
+
+# MARK USERS_GROUP
+look_for_marks() {
+    environs='' statuses=''
+    for one in $unseen; do environs="$environs $one/task/[0-9]*/environ" statuses="$statuses $one/status"; done
+    # shellcheck disable=SC2086 # words and patterns
     for file in $(
-        grep -l -s -a -F -e "$1" /proc/[0-9]*/task/[0-9]*/environ 2>/dev/null
-        [ -z "$2" ] || grep -l -s -E "^(Gid|Groups):.*[[:space:]]$2([[:space:]]|\$)" /proc/[0-9]*/status 2>/dev/null
+        grep -l -s -a -F -e "$1" $environs 2>/dev/null
+        [ -z "$2" ] || grep -l -s -E "^(Gid|Groups):.*[[:space:]]$2([[:space:]]|\$)" $statuses 2>/dev/null
     ); do
         pid=${file#/proc/}
         pid=${pid%%/*}
         [ "$pid" = $$ ] && continue
         case $file in
-        */environ) tr '\0\n' '\n\1' <"$file" 2>/dev/null | grep -q -x -a -F -e "$1" || continue;;
+        */environ) tr '\0\n' '\n\1' 2>/dev/null <"$file" | grep -q -x -a -F -e "$1" || continue;;
         esac
         start_of "$pid"
         case " $found " in *" $pid:"*) continue;; esac
         [ "$started" ] && found="$found $pid:$started"
     done
+}
+
+# For a moment in the middle of an exec there is no environment to be seen: waits, for a while, until those of $unseen
+# that show none have one.
+await_execs() {
+    environs=
+    for one in $unseen; do environs="$environs $one/environ"; done
+    left=10 waited=0
+    # shellcheck disable=SC2086 # words
+    for file in $(grep -L -s -a -e '' $environs 2>/dev/null); do
+        while [ "$left" -gt 0 ] && is_in_exec "${file%/environ}"; do wait_a_moment; done
+    done
+}
+
+# Whether a process that shows no environment has not set one up yet: neither a kernel thread, nor ending, nor one whose
+# environment is empty, which has an address all the same. DIRECTORY
+is_in_exec() {
+    read -r line 2>/dev/null <"$1/stat" || return 1
+    # shellcheck disable=SC2086 # fields
+    set -f -- ${line##*) }
+    set +f
+    case $1 in Z | X) return 1;; esac
+    [ "${49-}" = 0 ] && [ $(($7 & 0x200004)) -eq 0 ]
 }
 
 # Those of $found that still run, in $found.
