@@ -128,7 +128,7 @@ class CloneWorkspace:
         beside = f"{slot.path}.new-{secrets.token_hex(4)}"
         await self._host.apply([MakeDirectory(beside, mode=ANY_MODE)])
         await self._writer.check_out(slot, checkout, tree=beside)
-        await self._cleaner.require_clean(slot, tree=beside)
+        await self._cleaner.require_whole(slot, tree=beside)
         await self._host.apply([Discard(slot.path, SlotPaths(slot.path).trash), Rename(beside, slot.path)])
 
     async def prepare(self, slot: Slot, checkout: Checkout) -> Work:

@@ -57,7 +57,7 @@ class PristineGit:
             input=input,
             slot_id=slot.slot_id,
             env={WORK_MARK: slot.path},
-            config=self.config(slot),
+            config={**self.config(slot), "core.logAllRefUpdates": "false"},
         )
 
     def config(self, slot: Slot) -> Mapping[str, str]:

@@ -141,6 +141,20 @@ class TreeCleaner:
         await self.require_clean(slot, tree=slot.path)
         return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
 
+    async def require_whole(self, slot: Slot, *, tree: str) -> None:
+        """Look whether all of a tree is there that has just been made beside the slot's, and nothing else.
+
+        What is in the files is not read again: git has written them a moment ago, where nobody else could.
+
+        Raises:
+            CleanupError: something is missing, or too much.
+        """
+        listing = await self._pristine.run(slot, "ls-files", "-z", "--others", "--deleted", "--directory", tree=tree)
+        problems = [*split_names(listing.stdout), *await self._outside(slot, tree=tree)]
+        problems += await self._submodules.differences(Place.of(slot, tree))
+        if problems:
+            raise CleanupError(f"{slot.slot_id}: not as it was made: {', '.join(problems[:5])}", slot_id=slot.slot_id)
+
     async def require_clean(self, slot: Slot, *, tree: str, commit: str | None = None) -> None:
         """Compare a tree with the pristine index; arguments as for `differences`.
 

@@ -115,19 +115,23 @@ class TreeWriter:
 
         Returns:
             The names of the entries that changed, those in submodules not included.
+
+        Raises:
+            GitOperationError: an entry that was to change is not as it was sealed.
         """
         commit = checkout.commit
         await self._pristine.obtain(slot, commit)
         await self.obtain(commit)
         kept = await self._submodules.make_way(Place.of(slot), await self._submodules.plan(commit))
-        await self._leave(slot, commit)
+        await self._leave(slot, commit, head=f"{standing}\n".encode())
         found: list[Difference] = []
 
         async def compare() -> None:
             found.append(await self._difference(slot, standing, commit))
 
         async def write() -> None:
-            await self._pristine.run(slot, "read-tree", "--reset", "-u", standing, commit, tree=slot.path)
+            # Of all commands that do this the one that neither looks at every file nor forgets the trees in the index.
+            await self._pristine.run(slot, "reset", "--quiet", "--keep", commit, tree=slot.path)
 
         await together(compare, write)
         names = found[0].names
@@ -146,11 +150,16 @@ class TreeWriter:
                 slot, "checkout-index", "-z", "--stdin", "-f", "-u", tree=slot.path, input=join_names(sorted(names))
             )
 
-    async def _leave(self, slot: Slot, commit: str) -> None:
-        """Let the pristine git directory stand nowhere until all is done, so that who comes next is not mistaken."""
+    async def _leave(self, slot: Slot, commit: str, *, head: bytes = _NOWHERE) -> None:
+        """Begin to leave a commit for another.
+
+        Args:
+            head: where the pristine git directory stands until git has moved it; nowhere, so that who comes next is
+                not mistaken, unless all that differs from there shows by its change time.
+        """
         git = SlotPaths(slot.path).git
         lfs = self._lfs.steps(self._mirror, commit, git)
-        await self._host.apply([RemoveFile(f"{git}/index.lock"), WriteFile(f"{git}/HEAD", _NOWHERE), *lfs])
+        await self._host.apply([RemoveFile(f"{git}/index.lock"), WriteFile(f"{git}/HEAD", head), *lfs])
 
     async def _rewrite(self, slot: Slot, commit: str, tree: str) -> None:
         """Write every file anew, whatever git believes of it."""
