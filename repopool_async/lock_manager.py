@@ -1,8 +1,9 @@
 """Exclusive locks by lock files, between processes and within one (4.1 to 4.5).
 
 Each id has two: the *slot lock*, held for as long as a slot is somebody's, and the *record lock*, held for the
-microseconds of one read-modify-write. Both are kernel locks taken through filelock, so they die with their holder, and
-their files are never unlinked. Nothing here knows states, leases or tokens, or reads a record.
+microseconds of one read-modify-write. Both are kernel locks taken through filelock's functions for descriptors, so
+they die with their holder, and their files are never unlinked. Nothing here knows states, leases or tokens, or reads a
+record.
 
 A lock is worth what its file is worth: `force_unlock` renames a fresh file into place, and from then on the old holder
 locks an inode that nobody looks at. `HeldLock.is_current` tells, and is to be asked under the record lock.
@@ -19,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from weakref import WeakValueDictionary
 
 from repopool_async._aio import Deadline, in_thread, shielded
@@ -28,9 +29,6 @@ from repopool_async._flock import OPEN_FLAGS, identity_of, is_flocked, lock_file
 from repopool_async._identity import current_owner
 from repopool_async.exceptions import LockTimeoutError, PoolManagerError, StoreError
 from repopool_async.models import Owner, StaleLock
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = (0.002, 0.1)
@@ -51,7 +49,7 @@ _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class HeldLock:
-    """A slot lock that this process holds, until `release` or until the process ends.
+    """A slot lock that this process holds, until `release`, until nobody has this object, or until the process ends.
 
     It is bound to no task or thread. In a forked child it is not held, and releasing it there does nothing.
 
@@ -63,7 +61,6 @@ class HeldLock:
         self,
         slot_id: str,
         path: str,
-        lock: "BaseFileLock",
         descriptor: int,
         identity: tuple[int, int],
         *,
@@ -73,9 +70,13 @@ class HeldLock:
         self.was_left: Final = was_left
         self._path = path
         # A list, because its pop is the one step in which a second release must lose.
-        self._locks = [lock]
-        self._descriptor = descriptor
+        self._descriptors = [descriptor]
         self._identity = identity
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        # Whoever lost it cannot give it up any more; what the slot's record says is then left to recovery.
+        self.release_sync()
 
     def __repr__(self) -> str:
         return f"<HeldLock {self.slot_id} [{'held' if self.is_held else 'released'}]>"
@@ -83,7 +84,7 @@ class HeldLock:
     @property
     def is_held(self) -> bool:
         """Whether it has not been released; says nothing of whether it was taken away."""
-        return any(lock.is_locked for lock in self._locks)
+        return bool(self._descriptors) and self._pid == os.getpid()
 
     def is_current(self) -> bool:
         """Return whether it is held and still excludes others: its file is the one that the path leads to.
@@ -95,15 +96,15 @@ class HeldLock:
     def release_sync(self) -> None:
         """Give the lock up; a second call does nothing."""
         try:
-            lock = self._locks.pop()
+            descriptor = self._descriptors.pop()
         except IndexError:
             return
-        if not lock.is_locked:
-            return
+        if self._pid != os.getpid():
+            return  # closed in the child, where the number may be another file's by now
         try:
-            _write_text(self._descriptor, b"")
+            _write_text(descriptor, b"")
         finally:
-            lock.release()
+            lock_files.close(descriptor)
 
     async def release(self) -> None:
         """Do as `release_sync`; it is released also where this is cancelled."""
@@ -350,40 +351,19 @@ class LockManager:
         return True
 
 
-class _ReplacedError(Exception):
-    """The file that was locked is not the one that the path leads to."""
-
-
 def _try_lock(slot_id: str, path: str, final_path: str) -> HeldLock | None:
     """Make one attempt to lock `path`, which is or will be `final_path`, and sign it."""
-    import filelock  # noqa: PLC0415 - a third of the package's import time
-
-    signed: list[tuple[int, tuple[int, int], bool]] = []
-
-    def sign(descriptor: int) -> None:
+    descriptor = lock_files.take(path)
+    if descriptor is None:
+        return None
+    try:
         status = os.fstat(descriptor)
-        identity = (status.st_dev, status.st_ino)
-        if identity_of(path) != identity:
-            raise _ReplacedError
         was_left = bool(os.pread(descriptor, _TEXT_BYTES, 0).strip())
         _write_text(descriptor, _owner_text(os.getpid()))
-        signed.append((descriptor, identity, was_left))
-
-    lock = filelock.FileLock(
-        path,
-        timeout=0,
-        blocking=False,
-        thread_local=False,
-        preserve_lock_file=True,
-        fallback_to_soft=False,
-        on_acquired=sign,
-    )
-    try:
-        lock.acquire()
-    except (filelock.Timeout, _ReplacedError):
-        return None
-    descriptor, identity, was_left = signed[0]
-    return HeldLock(slot_id, final_path, lock, descriptor, identity, was_left=was_left)
+    except BaseException:
+        lock_files.close(descriptor)
+        raise
+    return HeldLock(slot_id, final_path, descriptor, (status.st_dev, status.st_ino), was_left=was_left)
 
 
 @functools.lru_cache(maxsize=1)

@@ -485,6 +485,7 @@ def make_slot_id(repo_name: str, number: int) -> str:
 
 
 @functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=4096)
 def parse_slot_id(slot_id: str) -> tuple[str, int]:
     """Return the pool's name and the slot's number.
 

@@ -46,16 +46,21 @@ def no_pool(repo_name: str, root: str) -> PoolNotFoundError:
 @contextmanager
 def translated(path: str, verb: str, *, repo_name: str | None = None, slot_id: str | None = None) -> Iterator[None]:
     """Say what failed, where, and what helps."""
-    if slot_id is not None:
-        repo_name, _ = parse_id(slot_id)
-    about = f"{slot_id or repo_name}: " if repo_name else ""
     try:
         yield
     except CodecError as error:
+        about, repo_name = _about(repo_name, slot_id)
         raise StoreError(f"{about}{path}: {error}", repo_name=repo_name, slot_id=slot_id) from error
     except OSError as error:
+        about, repo_name = _about(repo_name, slot_id)
         remedy = _REMEDIES.get(error.errno or 0, "check the disk and its file system")
         remedy = remedy.format(user=os.geteuid())
         where = error.filename if verb == "delete" and isinstance(error.filename, str) else path
         message = f"{about}cannot {verb} {where}: {error.strerror}; {remedy}"
         raise StoreError(message, repo_name=repo_name, slot_id=slot_id) from error
+
+
+def _about(repo_name: str | None, slot_id: str | None) -> tuple[str, str | None]:
+    if slot_id is not None:
+        repo_name, _ = parse_id(slot_id)
+    return f"{slot_id or repo_name}: " if repo_name else "", repo_name

@@ -1,5 +1,6 @@
 """Where the records of pools and slots lie below the workspaces directory, and what their names are. No I/O."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def lock_on(host_id: str, name: str) -> str:
     return name if host_id == LOCAL_HOST else f"{name}.{host_id}.git"  # no pool's name ends so
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_id(slot_id: str) -> tuple[str, int]:
     """Return the pool's name and the slot's number.
 

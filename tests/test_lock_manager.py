@@ -72,6 +72,14 @@ async def test_a_second_release_does_nothing(locks: LockManager) -> None:
     await second.release()
 
 
+async def test_a_lock_that_nobody_has_any_more_is_free(locks: LockManager) -> None:
+    held = locks.try_acquire_sync(SLOT)
+    assert held is not None
+    del held
+    assert not locks.is_locked_sync(SLOT)
+    assert await locks.detect_stale_locks() == []
+
+
 async def test_releases_at_the_same_moment_release_once(locks: LockManager) -> None:
     for _ in range(50):
         held = await locks.try_acquire(SLOT)
