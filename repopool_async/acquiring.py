@@ -32,7 +32,8 @@ from repopool_async.exceptions import (
     TooManyRequestsError,
     UnkillableError,
 )
-from repopool_async.fencing import enter
+from repopool_async.fencing import enter, guard_of
+from repopool_async.hosts.upkeep import upkeep
 from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases
@@ -271,12 +272,13 @@ class Acquirer:
             grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt, parts))
             if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
                 await parts.mirror.catch_up(attempt.seen, resolved)
-            if await parts.cleaner.is_setup_due(grant.slot, checkout):
-                # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
-                lease = attrs.evolve(grant.lease, commit=checkout.commit)
-                wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
-                grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
-            result = await parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
+            with upkeep(guard_of(grant.slot)):
+                if await parts.cleaner.is_setup_due(grant.slot, checkout):
+                    # Should this lessee not wait for the end of it, the slot is set up all the same, for the next one.
+                    lease = attrs.evolve(grant.lease, commit=checkout.commit)
+                    wanted = attrs.evolve(grant.slot, lease=lease, last_branch=resolved.branch)
+                    grant.slot = await self._pool.parts.coordinator.update(grant, wanted)
+                result = await parts.cleaner.cleanup_before_allocation(grant.slot, checkout)
             inherited = None if parts.is_here else await parts.host.login_environment()
         lease = attrs.evolve(grant.lease, ref=resolved.asked, commit=checkout.commit, branch=checkout.branch)
         if (lease, result.seal) != (grant.lease, grant.slot.seal):

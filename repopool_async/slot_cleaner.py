@@ -26,6 +26,7 @@ from repopool_async.exceptions import (
     GitTimeoutError,
     GitTransientError,
     HostUnreachableError,
+    LeaseLostError,
     LfsError,
     PoolManagerError,
     SetupError,
@@ -296,8 +297,8 @@ class SlotCleaner:
                 return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
-                if isinstance(error, HostUnreachableError):
-                    raise
+                if isinstance(error, HostUnreachableError | LeaseLostError):
+                    raise  # neither the tree nor what it is made from is to blame
                 if _is_disk_full(error) and not has_freed:
                     # What filled it may be what this lessee left, by now in the trash.
                     await self._strategy(slot).free_space(slot)

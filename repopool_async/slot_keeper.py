@@ -30,8 +30,9 @@ from repopool_async.exceptions import (
     SlotNotFoundError,
     StoreError,
 )
-from repopool_async.fencing import leave
+from repopool_async.fencing import guard_of, leave
 from repopool_async.host_chores import HostChores
+from repopool_async.hosts.upkeep import upkeep
 from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState
 from repopool_async.open_leases import describe_holder
 from repopool_async.slot_allocator import available, broken
@@ -112,9 +113,11 @@ class SlotKeeper:
         try:
             async with self._pool.at_work(slot):
                 slot = await leave(self._pool.parts.of(slot).host, self._pool.parts.coordinator, hold)
-                slot, result = await self._do(hold, slot, work)
+                with upkeep(guard_of(slot)):
+                    slot, result = await self._do(hold, slot, work)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
-                await self._remove_held(hold)
+                with upkeep(guard_of(slot)):
+                    await self._remove_held(hold)
                 return
             assert result.seal is not None
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))

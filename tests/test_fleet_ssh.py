@@ -13,7 +13,9 @@ from repopool_async import (
     LeaseLostError,
     PoolConfig,
     PoolManager,
+    Slot,
     SlotElsewhereError,
+    SlotState,
     SshHost,
 )
 from repopool_async.hosts._ssh_connection import SshOptions
@@ -99,3 +101,30 @@ async def test_a_host_is_reached_as_the_users_ssh_configuration_says(
     async with PoolManager(PoolConfig(tmp_path / "here"), hosts=hosts) as manager:
         assert await manager._shared.hosts.probe("box") is None
         assert "nowhere" in (await manager._shared.hosts.probe("other") or "")
+
+
+async def test_a_cleaning_goes_no_further_once_its_slot_was_taken_over(
+    box: SshHost, origin: Path, tmp_path: Path
+) -> None:
+    """As where this manager was paused amid it, and another found it dead and cleaned the slot itself."""
+
+    taken_over: list[str] = []
+
+    async def take_over(slot: Slot) -> None:
+        if slot.allocation_count == 1 and not taken_over:
+            taken_over.append(slot.slot_id)
+            await box.leave(slot.path.rpartition("/")[0], slot.token + 5)
+
+    spec = HostSpec("box", workspaces_dir=str(tmp_path / "there"), host=box)
+    config = PoolConfig(tmp_path / "here", janitor_interval=3600)
+    async with PoolManager(config, hosts=[spec], reset=take_over) as manager:
+        pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"])
+        async with pool.lease():
+            pass
+        await manager.wait_clean()
+        status = await manager.get_slot_status("workspace-web-slot1")
+        assert status.state is SlotState.ERROR
+        assert "token 6 has entered since" in (status.error or "")
+        await manager.repair_slot("workspace-web-slot1")
+        async with pool.lease() as slot:
+            assert slot.token > 6

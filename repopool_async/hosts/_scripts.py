@@ -220,33 +220,49 @@ def inline(script: bytes) -> str | None:
 
 
 def framed(
-    calls: Iterable[bytes], word: str, *, sections: Sequence[str], settings: bytes = b"", stops: bool = False
+    calls: Iterable[bytes],
+    word: str,
+    *,
+    sections: Sequence[str],
+    settings: bytes = b"",
+    stops: bool = False,
+    before: bytes = b"",
 ) -> bytes:
     """Return a script that makes calls one after another, in frames that `answers` reads.
 
     Args:
-        stops: whether the first that fails is the last.
+        stops: whether the first that fails is the last. before: what comes first.
     """
     last = b"[ $s = 0 ] || exit 0\n" if stops else b""
     frames = b"".join(b"begin\n(\n" + call + b"\n)\ns=$?\nend $s\n" + last for call in calls)
-    head = library("core", *sections) + settings + b"\nN=" + word.encode() + b"\nstarted_as\n"
+    head = library("core", *sections) + settings + b"\nN=" + word.encode() + b"\n" + before + b"\nstarted_as\n"
     return b"{\n" + head + frames + b"exit 0\n} </dev/null\n"
 
 
 def starting(
-    argv: Sequence[str], word: str, *, env: Mapping[str, str], cwd: str, guard: Guard | None, has_stdin: bool
+    argv: Sequence[str],
+    word: str,
+    *,
+    env: Mapping[str, str],
+    cwd: str,
+    guard: Guard | None,
+    has_stdin: bool,
+    upkeep: Guard | None = None,
 ) -> tuple[str, bytes]:
     """Return the command that a channel executes, and the script it reads, to become one command.
 
     Args:
+        guard: of a lessee's command. upkeep: of one of the pool's own.
         has_stdin: whether the command's standard input is what comes after the script; it is empty otherwise.
     """
     lines = [
-        library("core", "starting", *(("fence",) if guard else ())) + b"N=" + word.encode(),
+        library("core", "starting", *(("fence",) if guard or upkeep else ())) + b"N=" + word.encode(),
         command("find_command", argv[0], env.get("PATH", os.defpath), cwd) + b' || refused "refused $refusal"',
     ]
     if guard is not None:
         lines.append(command("register", guard.slot_directory, padded(guard.token)) + b' || refused "fenced ${top-}"')
+    if upkeep is not None:
+        lines.append(admitted(upkeep))
     lines += [b"started_as", variables(env)]
     if guard is not None:
         lines.append(b"export " + fence_mark(guard).encode())
@@ -255,6 +271,19 @@ def starting(
     if not has_stdin:
         return CLEAN_BOOTSTRAP, b"{\n" + script + b"\n}\n"
     return _LINE_BOOTSTRAP, script.replace(b"\\", rb"\\").replace(b"\n", rb"\n") + b"\n"
+
+
+def admitted(upkeep: Guard) -> bytes:
+    """Return the line that registers the pool's own work on a slot, of which a script consists, or ends the script."""
+    return command("register_work", upkeep.slot_directory, padded(upkeep.token)) + b' || refused "fenced ${top-}"'
+
+
+def under(upkeep: Guard, call: bytes) -> bytes:
+    """Return a call that is registered as the pool's own work on a slot while it is made; refused, it exits with 98."""
+    directory, token = quote(upkeep.slot_directory), padded(upkeep.token)
+    admit = command("register_work", upkeep.slot_directory, token)
+    forget = b"rm -f -- " + directory + b"/run/" + token.encode() + b".$$"
+    return admit + b' || { printf %s "$top"; exit 98; }\ntrap ' + quote(forget) + b" EXIT\n" + call
 
 
 def batch_call(one: Command, refusal: str) -> bytes:

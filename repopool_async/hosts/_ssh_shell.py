@@ -31,10 +31,12 @@ from repopool_async.hosts._scripts import (
     new_word,
     os_error,
     padded,
+    under,
 )
 from repopool_async.hosts._ssh_connection import Breaker, Connection, SshOptions, Target
 from repopool_async.hosts._ssh_process import Refusal, Session, Sink
 from repopool_async.hosts.base import Guard
+from repopool_async.hosts.upkeep import upkeep_of
 
 logger: Final = logging.getLogger("repopool")
 
@@ -44,6 +46,8 @@ _START_SECONDS: Final = 5.0
 _END_SECONDS: Final = 15.0
 """For ending a group, beyond its grace period."""
 _TICKS_PER_SECOND: Final = 50
+_FENCES: Final = frozenset({"fence", "watch"})
+_NOT_OURS: Final = 98
 _RESERVED_CHANNELS: Final = 2
 
 Call = Callable[[Tools], bytes]
@@ -55,12 +59,14 @@ class Launch:
 
     Attributes:
         make: given a word, returns what the channel executes and the script it reads.
+        guard: of a lessee's command. upkeep: of one of the pool's own.
         word: what its script was made with already.
         is_lessees: whether it may run for long and must not be in the way of the pool's own work.
     """
 
     make: Callable[[str], tuple[str, bytes]]
     guard: Guard | None = None
+    upkeep: Guard | None = None
     word: str | None = None
     keeps_stdin: bool = False
     is_lessees: bool = False
@@ -113,8 +119,10 @@ class Shell:
 
         Raises:
             HostUnreachableError: says whether it has certainly not begun.
+            FencedError: it was upkeep of a slot that was taken over.
         """
-        once = functools.partial(self._call_once, make, sections, is_confidential=is_confidential)
+        is_work = _FENCES.isdisjoint(sections)  # what moves a fence must not have to pass it
+        once = functools.partial(self._call_once, make, sections, is_confidential=is_confidential, is_work=is_work)
         return await shielded(self._call(once, is_repeatable=is_repeatable), name="ssh-call")
 
     async def _call(self, once: Callable[[], Coroutine[Any, Any, Answer]], *, is_repeatable: bool) -> Answer:
@@ -125,9 +133,20 @@ class Shell:
                 raise
         return await once()
 
-    async def _call_once(self, make: Call, sections: Sequence[str], *, is_confidential: bool = False) -> Answer:
+    async def _call_once(
+        self, make: Call, sections: Sequence[str], *, is_confidential: bool = False, is_work: bool = False
+    ) -> Answer:
         tools = await self._known_tools()
-        return await self._execute(make(tools), sections, tools.settings(), is_confidential=is_confidential)
+        call, settings = make(tools), tools.settings()
+        guard = upkeep_of([call]) if is_work else None
+        if guard is None:
+            return await self._execute(call, sections, settings, is_confidential=is_confidential)
+        sections = (*sections, "fence")
+        answer = await self._execute(under(guard, call), sections, settings, is_confidential=is_confidential)
+        if answer.status == _NOT_OURS:
+            top = answer.stdout.decode(errors="replace")
+            raise fenced(guard.slot_directory, guard.token, top, host_id=self._host_id)
+        return answer
 
     async def tools(self) -> Tools:
         """Return what the host has, asked once per connection."""
@@ -204,7 +223,7 @@ class Shell:
                 if not await session.wait_started():
                     raise connection.lost(session.loss)
             except Refusal as refusal:
-                raise self._refused(refusal, launch.guard) from None
+                raise self._refused(refusal, launch.guard or launch.upkeep) from None
             yield session
 
     @asynccontextmanager

@@ -18,6 +18,7 @@ from repopool_async._aio import Deadline
 from repopool_async._process import _sink, _Tail, _timed_out
 from repopool_async.hosts._scripts import (
     CLEAN_BOOTSTRAP,
+    admitted,
     answers,
     batch_call,
     framed,
@@ -39,6 +40,7 @@ from repopool_async.hosts.base import (
     HostProcess,
     OutputCallback,
 )
+from repopool_async.hosts.upkeep import upkeep_of
 from repopool_async.models import CommandResult
 
 _SIGNALS: Final = 128
@@ -155,10 +157,11 @@ class SshHost(RemoteFiles, RemoteFence):
         What a command without a guard leaves running in its group is ended only where it holds the command's output
         open, or where the call ends early: to look would take another round trip.
         """
+        work = None if guard is not None else upkeep_of([cwd or "/", *argv, *env.values()])
         make = functools.partial(
-            starting, tuple(argv), env=env, cwd=cwd or "/", guard=guard, has_stdin=input is not None
+            starting, tuple(argv), env=env, cwd=cwd or "/", guard=guard, has_stdin=input is not None, upkeep=work
         )
-        launch = Launch(make, guard=guard, keeps_stdin=input is not None, is_lessees=guard is not None)
+        launch = Launch(make, guard=guard, upkeep=work, keeps_stdin=input is not None, is_lessees=guard is not None)
         limits = _Limits(timeout, idle_timeout, stdout_limit, stderr_limit)
         return await self._run(argv, launch, limits, input=input, on_output=on_output)
 
@@ -173,8 +176,10 @@ class SshHost(RemoteFiles, RemoteFence):
             return []
         word, refusal = new_word(), new_word()
         calls = [batch_call(one, refusal) for one in commands]
-        script = framed(calls, word, sections=("starting",), stops=stop)
-        launch = Launch(lambda _: (CLEAN_BOOTSTRAP, script), word=word)
+        work = upkeep_of(calls)
+        sections, before = (("starting", "fence"), admitted(work)) if work else (("starting",), b"")
+        script = framed(calls, word, sections=sections, stops=stop, before=before)
+        launch = Launch(lambda _: (CLEAN_BOOTSTRAP, script), upkeep=work, word=word)
         limits = _Limits(timeout, None, DEFAULT_STDOUT_LIMIT, DEFAULT_STDOUT_LIMIT)
         done = await self._run(commands[0].argv, launch, limits)
         results = []

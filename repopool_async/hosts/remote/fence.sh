@@ -25,6 +25,19 @@ register() {
     return 99
 }
 
+# Likewise for the pool's own work on a slot, which may go on when the lease itself has ended: then its name is marked.
+# SLOT TOKEN
+register_work() {
+    start_of $$
+    boot_id
+    [ -d "$1/fence" ] && mkdir -p -- "$1/run" || return 98
+    { printf '%s %s\n' "$started" "$boot" >"$1/run/$2.$$"; } 2>/dev/null || return 98
+    find_top "$1"
+    [ "${top%%~*}" = "$2" ] && return
+    rm -f -- "$1/run/$2.$$"
+    return 98
+}
+
 # What is registered here under tokens up to LAST, and what bears their mark, is killed. Fails with 96 where something
 # does not die. SLOT LAST KEY
 kill_until() {
@@ -55,7 +68,7 @@ kill_until() {
 kill_strays() {
     [ -r /proc/self/stat ] || return 0
     rounds=50
-    while look look_for_strays "$@" && [ "$found" ] && [ "$rounds" -gt 0 ]; do
+    while look_until_found look_for_strays "$@" && [ "$found" ] && [ "$rounds" -gt 0 ]; do
         rounds=$((rounds - 1))
         signal_found KILL
         await_found 500

@@ -1,10 +1,10 @@
 # Processes that bear a mark in their environment, or are in a group of users, in $found: `pid:start` words.
 # MARK USERS_GROUP
-find_marked() { look look_for_marks "$@"; }
+find_marked() { look_until_found look_for_marks "$@"; }
 
 # Has those in $unseen looked at until there is somebody in $found or nobody left to look at: one that was started
 # meanwhile may be the heir of one that ended unseen. COMMAND ARGUMENT...
-look() {
+look_until_found() {
     found='' seen='' looks=50
     while find_unseen && [ "$unseen" ] && [ -z "$found" ] && [ "$looks" -gt 0 ]; do
         seen="$seen$unseen" looks=$((looks - 1))
