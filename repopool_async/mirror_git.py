@@ -117,9 +117,10 @@ class MirrorGit:
         """
         # Objects are copied, never linked: somebody who writes into the source must not write into the mirror.
         url = self.source.url or self.url
+        written = [f"--config={key}={value}" for key, value in _MIRROR_CONFIG.items()]
         done = await self.runner.run(
-            "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(url), "--end-of-options",
-            url, directory, retry=True, repo_name=self.repo_name, env=self._network_environment(),
+            "clone", "--bare", "--template=", "--no-hardlinks", "--progress", *self._locality(url), *written,
+            "--end-of-options", url, directory, retry=True, repo_name=self.repo_name, env=self._network_environment(),
         )  # fmt: skip
         if url != self.url:
             await self.run("config", "remote.origin.url", self.url, git_dir=directory)
@@ -133,8 +134,6 @@ class MirrorGit:
                 f"{self.repo_name}: the repository at {self.url} has no commits; push one, then create the pool",
                 operation="clone", repo_name=self.repo_name,
             )  # fmt: skip
-        for key, value in _MIRROR_CONFIG.items():
-            await self.run("config", key, value, git_dir=directory)
         await self.fetch_remotes(directory)
 
     def _network_environment(self) -> dict[str, str]:
