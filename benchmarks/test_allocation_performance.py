@@ -104,20 +104,28 @@ def _latency_plot(scale: Scale, samples: Samples) -> Plot:
 
 
 async def _unchanged_remote(scale: Scale, scratch: Path, samples: Samples, tell: Tell) -> list[Row]:
-    tell("an unchanged remote")
     files, directories = scale.sizes[0]
-    url = await cached_repository(files=files, directories=directories)
-    async with PoolManager(PoolConfig(workspaces_dir=scratch / "asking")) as manager:
+    source = await copied(await cached_repository(files=files, directories=directories), scratch / "unchanged/r.git")
+    rows = []
+    with serving(scratch / "unchanged") as server:
+        for where, url in (("HTTP", server.url("r.git")), ("a path", str(source))):
+            tell(f"an unchanged remote, {where}")
+            ratio = await _asking(scale, scratch, samples, where, url)
+            rows.append(Row(f"fetch_on_allocate, unchanged remote by {where} / git ls-remote", ratio, at_most=1.2))
+    return rows
+
+
+async def _asking(scale: Scale, scratch: Path, samples: Samples, where: str, url: str) -> float:
+    asking, ls_remote = f"{ASKING}, {where}", f"{LS_REMOTE}, {where}"
+    async with PoolManager(PoolConfig(workspaces_dir=scratch / f"asking-{len(where)}")) as manager:
         pool = await manager.create_pool("asking", url, num_slots=1)
         for _ in range(scale.rounds):
-            await samples.timed(LS_REMOTE, git(scratch, "ls-remote", url))
+            await samples.timed(ls_remote, git(scratch, "ls-remote", url))
             lease = pool.lease(ref="main")
-            await samples.timed(ASKING, lease.__aenter__())
+            await samples.timed(asking, lease.__aenter__())
             await lease.__aexit__(None, None, None)
             await manager.wait_clean()
-    return [
-        Row("fetch_on_allocate with an unchanged remote / git ls-remote", samples.ratio(ASKING, LS_REMOTE), at_most=1.2)
-    ]
+    return samples.ratio(asking, ls_remote)
 
 
 # A crowd
