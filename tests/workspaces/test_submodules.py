@@ -199,6 +199,7 @@ def seen(tree: Path) -> dict[str, str]:
             found[name] = "directory"
         else:
             found[name] = f"{path.stat().st_mode:o} {_text(path, name)}"
+    found["submodules"] = _answer(tree, "submodule", "status", "--recursive")  # a shell script: asked once for all
     for directory in (tree, *(path.parent for path in tree.rglob(".git") if path.is_file())):
         found |= {f"{directory.relative_to(tree)} {args[0]}": _answer(directory, *args) for args in _QUESTIONS}
     return found
@@ -211,7 +212,6 @@ def _answer(directory: Path, *args: str) -> str:
 
 _QUESTIONS = (
     ("status", "--porcelain=v2", "--branch", "--ignored"),
-    ("submodule", "status", "--recursive"),
     ("ls-files", "--stage"),
     ("for-each-ref", "--format=%(refname) %(objectname) %(upstream)"),
     ("fsck", "--no-dangling"),
