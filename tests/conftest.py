@@ -116,6 +116,7 @@ def origin_template(tmp_path_factory: pytest.TempPathFactory, _git_environment: 
     _git(repository, "tag", "light", second)
     _git(repository, "branch", "feature/x", second)
     _commit(repository, "feature/x", {"src/feature.py": b"X = 1\n", "src/data/table.csv": None})
+    _git(repository, "repack", "-a", "-d", "-q")  # every directory is made, and deleted, with every copy
     return repository
 
 

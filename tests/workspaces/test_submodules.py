@@ -100,7 +100,8 @@ def module(name: str, *, path: str, url: str, **more: str) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the worlds of this module's tests lie, one after the other: they name their own path."""
     place = tmp_path_factory.mktemp("worlds")
-    make_world(place / "origins")
+    for repository in make_world(place / "origins").directory.iterdir():
+        git(repository, "repack", "-a", "-d", "-q")  # every directory is made, and deleted, with every copy
     shutil.copytree(place / "origins", place / "template")
     return place
 
