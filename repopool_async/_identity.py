@@ -13,7 +13,9 @@ from typing import Final
 
 from repopool_async.models import Owner
 
-_PROC: Final = Path("/proc")
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_STAT_BYTES: Final = 4096
+"""More than any process's line of `stat` has."""
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def host_name() -> str:
 def boot_id() -> str:
     """Return an id that changes at every boot; one constant per host where the platform has none."""
     try:
-        return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return _BOOT_ID.read_text().strip()
     except OSError:
         return f"no-boot-id-{uuid.getnode():x}"
 
@@ -38,7 +40,12 @@ def process_start_time(pid: int) -> int | None:
         None where the process does not exist, is a zombie, or the platform cannot say.
     """
     try:
-        stat = (_PROC / str(pid) / "stat").read_bytes()
+        # Asked of all processes again and again, so it goes without pathlib, which takes three times as long.
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.read(descriptor, _STAT_BYTES)
+        finally:
+            os.close(descriptor)
     except OSError:
         return None
     # The command name, in parentheses, may itself contain spaces and parentheses.

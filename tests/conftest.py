@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +43,34 @@ def _git_environment() -> Iterator[None]:
             patch.delenv(name)
         for name, value in GIT_ENVIRONMENT.items():
             patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> Iterator[None]:
+    """Begin as after a login: what runs in the background or under `nohup` ignores signals, and so would children."""
+    ignored = [
+        number
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+        if signal.getsignal(number) is signal.SIG_IGN
+    ]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let children find this run's compiled code where none may lie beside the sources: a fifth of a `repopool run`."""
+    if not sys.dont_write_bytecode or sys.pycache_prefix:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str((shared or tmp_path_factory.getbasetemp()) / "compiled"))
         yield
 
 
@@ -86,6 +116,7 @@ def origin_template(tmp_path_factory: pytest.TempPathFactory, _git_environment: 
     _git(repository, "tag", "light", second)
     _git(repository, "branch", "feature/x", second)
     _commit(repository, "feature/x", {"src/feature.py": b"X = 1\n", "src/data/table.csv": None})
+    _git(repository, "repack", "-a", "-d", "-q")  # every directory is made, and deleted, with every copy
     return repository
 
 

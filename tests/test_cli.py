@@ -83,7 +83,7 @@ class Shell:
     def close(self) -> None:
         for process in self.live:
             process.kill()
-            process.communicate()
+            process.__exit__(None, None, None)  # not `communicate`: what a failed test left running holds the pipes
 
 
 def read_line(process: subprocess.Popen[str]) -> str:

@@ -154,6 +154,7 @@ async def test_who_waits_already_is_not_given_a_slot_on_a_host_that_is_drained_m
     slot = await waiter
     assert slot is not None
     assert slot.host_id == "b"
+    await manager.release_slot(slot)  # closing would wait for it
 
 
 async def test_other_processes_see_what_becomes_of_a_host(

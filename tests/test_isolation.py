@@ -162,7 +162,10 @@ async def test_check_finds_broken_objects_of_a_slot(manager: PoolManager, origin
     assert await manager.check() == {}
 
 
-async def test_slots_leave_a_mirror_that_was_damaged_behind(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
+async def test_slots_leave_a_mirror_that_was_damaged_behind(
+    manager: PoolManager, origin: Path, tmp_path: Path, make_commit: MakeCommit
+) -> None:
+    make_commit(origin, "main", {"README.md": b"# As loose as it comes\n"})
     await manager.create_pool("web", str(origin), isolation="full")
     mirror = tmp_path / "pools/web/mirror.git"
     blob = git(mirror, "rev-parse", "main:README.md")
@@ -171,7 +174,7 @@ async def test_slots_leave_a_mirror_that_was_damaged_behind(manager: PoolManager
     assert set(found) == {"web/mirror.git", SLOT}
     assert await manager.check() == {}
     async with manager.lease("web") as slot:
-        assert (slot.path / "README.md").read_bytes() == b"# A small repository\n"
+        assert (slot.path / "README.md").read_bytes() == b"# As loose as it comes\n"
 
 
 async def test_many_fetches_do_not_leave_many_packs(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from repopool_async._identity import process_start_time
+from repopool_async.hosts._mappings import shares_memory_with
 from repopool_async.hosts._proc import link, names_in, pids, read
 
 _TICK_SECONDS: Final = 0.02
@@ -25,12 +26,12 @@ def find_bystanders(tree: str, survivors: Collection[int], since: float | None) 
         survivors: count in any case.
     """
     root = os.path.realpath(tree)
-    place = _place(root)
+    place, own_mounts = _place(root), link("/proc/self/ns/mnt")
     for pid in sorted(pids()):
         if (
             pid in survivors
             or _stands_in(f"/proc/{pid}", root)
-            or _has_mounted(pid, place)
+            or _has_mounted(pid, place, own_mounts)
             or (since is not None and _began_after(pid, since) and (_hides(pid) or _holds_unseen(pid, root)))
         ):
             name = read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
@@ -40,7 +41,7 @@ def find_bystanders(tree: str, survivors: Collection[int], since: float | None) 
 def _stands_in(own: str, root: str) -> bool:
     """Return whether a process, or one thread of it, stands in a tree or holds something of it."""
     paths = (f"{own}/cwd", f"{own}/root", *(f"{own}/fd/{number}" for number in names_in(f"{own}/fd")))
-    return any(_leads_into(path, root) for path in paths) or _maps_from(own, root)
+    return any(_leads_into(path, root) for path in paths) or shares_memory_with(own, root)
 
 
 def _holds_unseen(pid: int, root: str) -> bool:
@@ -62,18 +63,6 @@ def _has_hidden_files(own: str) -> bool:
     )
 
 
-def _maps_from(own: str, root: str) -> bool:
-    """Return whether a process shares memory with a file below the root, which needs no open descriptor."""
-    # The kernel writes newlines, and nothing else, as three octal digits.
-    prefix = os.fsencode(root).replace(b"\n", rb"\012") + b"/"
-    maps = read(f"{own}/maps")
-    return prefix in maps and any(
-        fields[1][3:4] == b"s" and fields[5].startswith(prefix)
-        for line in maps.splitlines()
-        if len(fields := line.split(maxsplit=5)) > 5
-    )
-
-
 _Place = tuple[bytes, bytes]
 """A file system's device, and a path within it; both as `mountinfo` writes them."""
 
@@ -89,9 +78,9 @@ def _place(root: str) -> _Place | None:
     return found
 
 
-def _has_mounted(pid: int, place: _Place | None) -> bool:
+def _has_mounted(pid: int, place: _Place | None, own_mounts: str) -> bool:
     """Return whether a process in a container of some kind has the place, or one below, mounted for itself."""
-    if place is None or link(f"/proc/{pid}/ns/mnt") == link("/proc/self/ns/mnt"):
+    if place is None or link(f"/proc/{pid}/ns/mnt") == own_mounts:
         return False
     wanted_device, wanted = place
     return any(

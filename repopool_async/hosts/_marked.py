@@ -12,7 +12,6 @@ import select
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, Self
 
 import attrs
@@ -20,7 +19,7 @@ import attrs
 from repopool_async._aio import Deadline
 from repopool_async._identity import process_start_time
 from repopool_async.hosts._bystanders import find_bystanders
-from repopool_async.hosts._proc import names_in, pids, read
+from repopool_async.hosts._proc import contents, names_in, pids, read
 from repopool_async.hosts.base import EndedProcesses
 
 _KILL_SECONDS: Final = 3.0
@@ -168,7 +167,8 @@ def find_variable(prefix: str, last: int) -> list[_Target]:
     start = os.fsencode(prefix)
     found = []
     for pid in _others():
-        for text in _environment(pid).split(b"\0"):
+        environment = _environment(pid)
+        for text in environment.split(b"\0") if start in environment else ():
             number = text.removeprefix(start)
             is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
             target = _marked(pid, _Mark(text, None)) if is_ours else None
@@ -193,7 +193,7 @@ def _has_variable(pid: int, mark: bytes) -> bool:
 def _environment(pid: int) -> bytes:
     deadline = Deadline.after(_EXEC_SECONDS)
     try:
-        while not (environment := Path(f"/proc/{pid}/environ").read_bytes()):
+        while not (environment := contents(f"/proc/{pid}/environ")):
             # For a moment in the middle of an exec there is none to be seen.
             if deadline.is_expired or not _is_in_exec(pid):
                 return _environment_of_threads(pid)
@@ -206,7 +206,7 @@ def _environment(pid: int) -> bytes:
 
 
 def _is_in_exec(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    stat = contents(f"/proc/{pid}/stat")
     state, *fields = stat[stat.rfind(b")") + 2 :].split()
     if state in (b"Z", b"X") or int(fields[5]) & (_KERNEL_THREAD | _EXITING):
         return False

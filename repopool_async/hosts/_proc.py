@@ -1,10 +1,15 @@
-"""Reading `/proc`, where everything may be gone before it is read. Synchronous; says nothing of what is looked for."""
+"""Reading `/proc`, where everything may be gone before it is read. Synchronous; says nothing of what is looked for.
+
+Every return of a slot goes through all processes of the machine, so what is read for each has to cost little.
+"""
 # Paths are text here: thousands of them are read, and most are gone before they are.
 # ruff: noqa: PTH115, PTH208
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Final
+
+_CHUNK_BYTES: Final = 16384
 
 
 def pids() -> Iterator[int]:
@@ -19,10 +24,28 @@ def names_in(path: str) -> list[str]:
 
 
 def read(path: str) -> bytes:
+    """Return what a file contains; nothing where it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return contents(path)
     except OSError:
         return b""
+
+
+def contents(path: str) -> bytes:
+    """Return what a file contains.
+
+    Raises:
+        OSError: it cannot be read, or what it tells of is gone.
+    """
+    # A third of what pathlib takes.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = b""
+        while chunk := os.read(descriptor, _CHUNK_BYTES):
+            found += chunk
+        return found
+    finally:
+        os.close(descriptor)
 
 
 def link(path: str) -> str:

@@ -104,6 +104,7 @@ class Bench:
             subprocess.run(allow, check=True)
         self._make_template()
         self._references: dict[str, Evidence] = {}
+        self._untouched: Evidence = {}
 
     def reference(self, then: str) -> Evidence:
         """Return the evidence of a fresh clone."""
@@ -114,10 +115,12 @@ class Bench:
         return self._references[then]
 
     def fresh_outside(self) -> Path:
-        """Return a directory that no trial has seen: what lies beside the pool and must not change."""
+        """Return a directory that no trial has touched: what lies beside the pool and must not change."""
         outside = self.directory / "outside"
-        shutil.rmtree(outside, ignore_errors=True)
-        shutil.copytree(self.directory / "template", outside, symlinks=True)
+        if not self._untouched or directory_evidence(outside) != self._untouched:
+            shutil.rmtree(outside, ignore_errors=True)
+            shutil.copytree(self.directory / "template", outside, symlinks=True)
+            self._untouched = directory_evidence(outside)
         return outside
 
     def scene(self, tree: Path, outside: Path, run: Callable[..., None]) -> Scene:
@@ -239,10 +242,9 @@ class Bench:
             (template / name).mkdir()
         (template / "file").write_text("must stay\n")
         (template / "dir/precious").write_text("must stay\n")
-        for command in (["init", "-q", "-b", "main"], ["commit", "-q", "--allow-empty", "-m", "Elsewhere"]):
-            if command[0] == "init":
-                (template / "repo").mkdir()
-            subprocess.run(["git", *command], cwd=template / "repo", env=self.environment, check=True)
+        (template / "repo").mkdir()
+        for command in ("init -q --template= -b main", "commit -q --allow-empty -m Elsewhere"):
+            subprocess.run(["git", *command.split()], cwd=template / "repo", env=self.environment, check=True)
         (template / "repo/precious").write_text("must stay\n")
 
 

@@ -45,12 +45,18 @@ async def ssh_host(asyncssh_server: Server, tmp_path: Path) -> AsyncIterator[Ssh
         yield host
 
 
+@pytest.fixture
+def watch_seconds() -> float:
+    return WATCH_SECONDS
+
+
 @pytest.fixture(params=["local", "asyncssh", "openssh"])
-async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Host]:
+async def host(request: pytest.FixtureRequest, tmp_path: Path, watch_seconds: float) -> AsyncIterator[Host]:
     if request.param == "local":
-        yield LocalHost(watch_seconds=WATCH_SECONDS, sessions_directory=str(tmp_path / "sessions"))
+        yield LocalHost(watch_seconds=watch_seconds, sessions_directory=str(tmp_path / "sessions"))
         return
-    async with reach(request.getfixturevalue(f"{request.param}_server"), tmp_path) as remote:
+    server = request.getfixturevalue(f"{request.param}_server")
+    async with reach(server, tmp_path, watch_seconds=watch_seconds) as remote:
         yield remote
 
 
@@ -73,12 +79,19 @@ async def daemons(host: Host) -> AsyncIterator[Daemons]:
     daemons.close()
 
 
-def reach(server: Server, directory: Path, *, port: int | None = None, **options: object) -> SshHost:
+def reach(
+    server: Server,
+    directory: Path,
+    *,
+    port: int | None = None,
+    watch_seconds: float = WATCH_SECONDS,
+    **options: object,
+) -> SshHost:
     """Return a host on a server, or on what lies in front of it on another port."""
     config = server.config if port is None else server.config_for(port)
     return SshHost(
         "box",
         options=SshOptions(config=(str(config),), **options),  # type: ignore[arg-type]
-        watch_seconds=WATCH_SECONDS,
+        watch_seconds=watch_seconds,
         sessions_directory=str(directory / "sessions"),
     )

@@ -133,14 +133,14 @@ class TestEnding:
         # Both servers do: asyncssh's in these tests, and OpenSSH for root.
         started = Started()
         with pytest.raises(CommandTimeoutError):
-            await remote.run(["sh", "-c", f"echo $$; exec sleep {FOREVER}"], env=ENV, timeout=1.0, on_output=started)
+            await remote.run(["sh", "-c", f"echo $$; exec sleep {FOREVER}"], env=ENV, timeout=2.0, on_output=started)
         assert process_start_time(await started.pid()) is None
 
     async def test_a_scrubbed_child_in_the_group_goes_too(self, remote: SshHost) -> None:
         started = Started()
         script = f"env -i sleep {FOREVER} & echo $!; exec sleep {FOREVER}"
         with pytest.raises(CommandTimeoutError):
-            await remote.run(["sh", "-c", script], env=ENV, timeout=1.0, on_output=started)
+            await remote.run(["sh", "-c", script], env=ENV, timeout=2.0, on_output=started)
         assert process_start_time(await started.pid()) is None
 
     async def test_what_holds_the_output_open_is_ended(self, remote: SshHost) -> None:

@@ -100,7 +100,8 @@ def module(name: str, *, path: str, url: str, **more: str) -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the worlds of this module's tests lie, one after the other: they name their own path."""
     place = tmp_path_factory.mktemp("worlds")
-    make_world(place / "origins")
+    for repository in make_world(place / "origins").directory.iterdir():
+        git(repository, "repack", "-a", "-d", "-q")  # every directory is made, and deleted, with every copy
     shutil.copytree(place / "origins", place / "template")
     return place
 
@@ -199,6 +200,7 @@ def seen(tree: Path) -> dict[str, str]:
             found[name] = "directory"
         else:
             found[name] = f"{path.stat().st_mode:o} {_text(path, name)}"
+    found["submodules"] = _answer(tree, "submodule", "status", "--recursive")  # a shell script: asked once for all
     for directory in (tree, *(path.parent for path in tree.rglob(".git") if path.is_file())):
         found |= {f"{directory.relative_to(tree)} {args[0]}": _answer(directory, *args) for args in _QUESTIONS}
     return found
@@ -211,7 +213,6 @@ def _answer(directory: Path, *args: str) -> str:
 
 _QUESTIONS = (
     ("status", "--porcelain=v2", "--branch", "--ignored"),
-    ("submodule", "status", "--recursive"),
     ("ls-files", "--stage"),
     ("for-each-ref", "--format=%(refname) %(objectname) %(upstream)"),
     ("fsck", "--no-dangling"),
