@@ -379,7 +379,10 @@ class PoolManager(HostVerbs):
             salvage_id: or its beginning. branch: what to call the branch; `salvage/<short id>` where missing.
 
         Raises:
-            SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists.
+            SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists, at another commit;
+            then none has been made.
+
+        Cancelled, it may be called again, and goes by what has been made by then.
         """
         pool = await self._pool_of(slot.slot_id)
         return await SalvageCatalogue([pool], self._shared.own.host).restore(salvage_id, slot, branch=branch)
@@ -390,7 +393,10 @@ class PoolManager(HostVerbs):
         """Bring saved work into any clone of the repository as branches; its working tree is not touched.
 
         Raises:
-            SalvageNotFoundError: there is none of that id. SalvageError: git refused.
+            SalvageNotFoundError: there is none of that id. SalvageError: git refused, as where such a branch exists at
+            another commit; then none has been made.
+
+        Cancelled, it may be called again.
         """
         return await (await self._salvage()).restore_into(salvage_id, directory, branch=branch)
 

@@ -45,7 +45,9 @@ _SHORTEST: Final = 4
 class RunCommand(Protocol):
     """Runs a command where saved work shall be brought back to, raising where it fails."""
 
-    def __call__(self, *argv: str, env: Mapping[str, str] | None = None) -> Awaitable[CommandResult]:
+    def __call__(
+        self, *argv: str, env: Mapping[str, str] | None = None, input: bytes | None = None
+    ) -> Awaitable[CommandResult]:
         """Run it to its end."""
 
 
@@ -260,7 +262,10 @@ class Salvage:
                 `<branch>.files` and each stash a branch `<branch>.stash-<n>`.
 
         Raises:
-            RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists.
+            RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists
+            and is at another commit; then none has been made.
+
+        Cancelled, it may be called again, and goes by what has been made by then.
         """
         name = validate_branch_name(branch or f"salvage/{record.salvage_id[:_SHORT]}")
         ref = f"{_REFS}/{record.salvage_id}"
@@ -270,8 +275,7 @@ class Salvage:
             env={"GIT_ALLOW_PROTOCOL": "file"},
         )  # fmt: skip
         branches = _branches_of(record, name, with_files=not is_clean)
-        for one, commit in branches.items():
-            await run("git", "branch", "--no-track", "--end-of-options", one, commit)
+        await self._make_branches(branches, run)
         if is_clean:
             await self._check_out(record, run, name)
         return RestoredSalvage(
@@ -281,11 +285,25 @@ class Salvage:
             is_checked_out=is_clean,
         )
 
+    async def _make_branches(self, branches: Mapping[str, str], run: RunCommand) -> None:
+        """Make all of them or none; those that a call made which was cancelled afterwards stay."""
+        listing = await run("git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/heads/")
+        present = set(listing.stdout.splitlines())
+        wanted = [f"refs/heads/{name} {commit}".encode(errors="surrogateescape") for name, commit in branches.items()]
+        missing = b"".join(b"create %s\n" % line for line in wanted if line not in present)
+        if missing:
+            await run("git", "update-ref", "-m", "repopool: saved work brought back", "--stdin", input=missing)
+
     async def _check_out(self, record: SalvageRecord, run: RunCommand, branch: str) -> None:
         await run("git", "checkout", "--quiet", "--no-recurse-submodules", branch, "--")
         if record.files_changed or record.untracked:
             await run("git", "restore", "--worktree", f"--source={record.commit}", "--", ":/")
+        if not record.stash_commits:
+            return
+        present = (await run("git", "stash", "list", "--format=%H")).stdout.decode().split()
         for commit, message in reversed([*zip(record.stash_commits, record.stash_messages, strict=True)]):
+            if commit in present:
+                continue
             await run("git", "stash", "store", "--quiet", "-m", message or "salvaged", commit)
 
     # -- forgetting ----------------------------------------------------------------------------------------------
