@@ -139,10 +139,13 @@ class HostVerbs:
             await pool.watch.force_unlock(slot.slot_id)
         await self._shared.coordinator.unpark_host(host_id)
         is_out = self._shared.hosts.is_out(host_id)
-        for slot in slots:
-            await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
+
+        async def remove() -> None:
+            for slot in slots:
+                await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
+
         try:
-            await pool.keeper.fill(pool.record.num_slots)
+            await self._registry.replace_slots(pool, remove)
         except SlotAllocationError as error:
             self._shared.bus.emit("pool.short", {"repo_name": pool.name, "reason": str(error)})
 

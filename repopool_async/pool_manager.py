@@ -41,6 +41,7 @@ from repopool_async.models import (
     SlotStatus,
     parse_slot_id,
 )
+from repopool_async.pool_completion import PoolCompletion
 from repopool_async.pool_registry import PoolRegistry
 from repopool_async.repo_pool import RepoPool, Unset
 from repopool_async.salvage_catalogue import SalvageCatalogue
@@ -98,11 +99,13 @@ class PoolManager(HostVerbs):
         )
         self._registry = PoolRegistry(self._shared, assembler)
         self._configured = ConfiguredPools(self._shared, self._registry)
+        self._completion = PoolCompletion(self._shared, self._registry)
         self._janitor = Janitor(
             lambda: self._registry,
             store=self._shared.store,
             locks=self._shared.locks,
             emit=self._shared.bus.emit,
+            complete=self._completion.begin,
             interval_seconds=self.config.janitor_interval,
         )
         self._reloading = ConfigReload(self._shared, self._registry, self._configured, self._janitor)
@@ -113,7 +116,13 @@ class PoolManager(HostVerbs):
             locks=self._shared.locks,
         )
         self._lifecycle = Lifecycle(
-            self._shared, self._registry, self._configured, self._reloading, janitor=self._janitor, watch=watch
+            self._shared,
+            self._registry,
+            self._configured,
+            self._reloading,
+            janitor=self._janitor,
+            completion=self._completion,
+            watch=watch,
         )
 
     @classmethod
@@ -526,14 +535,16 @@ class PoolManager(HostVerbs):
     async def recover(self) -> SweepReport:
         """Run the janitor once, wait until what it began is done, and return what it did.
 
-        It takes over what dead processes left, ends leases older than `max_lease_seconds`, repairs quarantined slots,
-        erases the signatures of dead lock holders, deletes abandoned temporary files, and keeps to `disk_limit`.
+        It takes over what dead processes left, makes the slots of pools whose maker died, ends leases older than
+        `max_lease_seconds`, repairs quarantined slots, erases the signatures of dead lock holders, deletes abandoned
+        temporary files, and keeps to `disk_limit`.
 
         Returns:
             The ids of the slots taken over, a list, with attributes for all else.
         """
         self._require_open()
         recovered = await self._janitor.sweep()
+        await self._completion.settled()
         await self.wait_clean()
         return recovered
 

@@ -8,8 +8,8 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -61,6 +61,7 @@ class SlotKeeper:
         self._holds: dict[str, Hold] = {}
         self._unclean: list[tuple[Hold, Slot]] = []
         self._target: int | None = None
+        self._makers = 0
         self._tasks = TaskSet(f"pool-{context.name}", on_error=self._task_failed)
 
     @property
@@ -332,12 +333,28 @@ class SlotKeeper:
 
         Those of a host that stops answering meanwhile are made on the others.
         """
-        while missing := num_slots - len(await self._pool.parts.coordinator.list_slots(self._pool.name)):
-            if missing < 0:
-                return
-            sites = await self._maker.sites(missing)
-            await self.chores.make_mirrors({site.host_id for site in sites})
-            await together(*[partial(self._make_if_reached, site) for site in sites])
+        with self.making_slots():
+            while missing := num_slots - len(await self._pool.parts.coordinator.list_slots(self._pool.name)):
+                if missing < 0:
+                    return
+                sites = await self._maker.sites(missing)
+                await self.chores.make_mirrors({site.host_id for site in sites})
+                await together(*[partial(self._make_if_reached, site) for site in sites])
+
+    @property
+    def is_making_slots(self) -> bool:
+        """Whether this process makes the pool have more slots now."""
+        return self._makers > 0
+
+    @contextmanager
+    def making_slots(self) -> Iterator[None]:
+        """Have whoever finds no slot wait for those that come during the block."""
+        self._makers += 1
+        try:
+            yield
+        finally:
+            self._makers -= 1
+            self._pool.changed.set()
 
     async def _make_if_reached(self, site: Site) -> None:
         with suppress(HostUnreachableError):  # it is suspect now, so that no site will be there
