@@ -273,6 +273,9 @@ class PoolManager(HostVerbs):
 
         Raises:
             PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted.
+
+        Cancelled, it is deleted all the same. Where this process dies amid it, whoever comes next makes the pool whole
+        again; delete it again.
         """
         pool = await self.get_pool(name)
         async with self._registry.name_held(name):

@@ -35,11 +35,32 @@ asyncio.run(main())
 """
 
 
+DYING_DELETING = """
+import asyncio, os, signal, sys
+from repopool_async import PoolConfig, PoolManager
+
+async def main():
+    async with PoolManager(PoolConfig(sys.argv[1], janitor_interval=3600)) as manager:
+        pool = await manager.create_pool("web", sys.argv[2], num_slots=2)
+        remove_slot = pool.keeper.remove_slot
+        async def remove_and_die(slot_id, **options):
+            await remove_slot(slot_id, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+        pool.keeper.remove_slot = remove_and_die
+        await manager.delete_pool("web")
+
+asyncio.run(main())
+"""
+
+
+def run_until_killed(*argv: str) -> None:
+    done = subprocess.run([sys.executable, "-c", *argv], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 def die_making(tmp_path: Path, origin: Path, *, present: int = 0, wanted: int = 2) -> None:
     """Have a process make a pool that has so many slots already, and be killed before it makes the first new one."""
-    argv = [sys.executable, "-c", DYING, str(tmp_path / "pools"), str(origin), str(present), str(wanted)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(DYING, str(tmp_path / "pools"), str(origin), str(present), str(wanted))
 
 
 @pytest.fixture
@@ -113,6 +134,17 @@ async def test_one_that_cannot_be_completed_is_tried_again_after_a_growing_pause
         await completion.settled()
         assert await states(manager) == [SlotState.AVAILABLE] * 2
         assert not await completion.begin(pool, True)
+
+
+async def test_a_pool_half_deleted_is_whole_again_until_it_is_deleted(
+    manager: PoolManager, tmp_path: Path, origin: Path
+) -> None:
+    run_until_killed(DYING_DELETING, str(tmp_path / "pools"), str(origin))
+    assert await states(manager) == [SlotState.AVAILABLE]
+    assert (await manager.recover()).completing == ["web"]
+    assert await states(manager) == [SlotState.AVAILABLE] * 2
+    await manager.delete_pool("web")
+    assert await manager.list_pools() == []
 
 
 async def test_closing_interrupts_it_and_leaves_it_to_the_next(
