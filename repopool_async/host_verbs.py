@@ -5,10 +5,11 @@ What a condition means for claims is `host_registry`'s business, what becomes of
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 from repopool_async.assembly import Shared
 from repopool_async.config_hosts import HostSpec
-from repopool_async.exceptions import ConfigError, SlotAllocationError, SlotInUseError
+from repopool_async.exceptions import ConfigError, SlotAllocationError, SlotInUseError, SlotNotFoundError
 from repopool_async.host_states import HostCondition, HostState
 from repopool_async.models import LOCAL_HOST, HostStatus, Slot, SlotState
 from repopool_async.open_leases import describe_holder
@@ -142,7 +143,8 @@ class HostVerbs:
 
         async def remove() -> None:
             for slot in slots:
-                await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
+                with suppress(SlotNotFoundError):  # another process was faster
+                    await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
 
         try:
             await self._registry.replace_slots(pool, remove)

@@ -7,7 +7,7 @@ business of the floors below; names of pools, configuration and closing that of 
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import Enum
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from repopool_async._aio import Deadline
 from repopool_async.acquiring import Acquirer
 from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
-from repopool_async.exceptions import PoolInUseError, PoolTimeoutError
+from repopool_async.exceptions import PoolInUseError, PoolTimeoutError, SlotNotFoundError
 from repopool_async.host_registry import HostRegistry
 from repopool_async.lease import LeasedSlot
 from repopool_async.lease_watch import LeaseWatch
@@ -305,7 +305,8 @@ class RepoPool:
         await self.watch.notice_lost()
         await self.close(Deadline.after(self.options.cleanup_timeout if not force else 0))
         for slot in slots:
-            await self.keeper.remove_slot(slot.slot_id, saves_work=False)
+            with suppress(SlotNotFoundError):  # another process was faster
+                await self.keeper.remove_slot(slot.slot_id, saves_work=False)
         await self.erase()
 
     async def erase(self) -> None:

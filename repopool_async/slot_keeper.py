@@ -250,7 +250,8 @@ class SlotKeeper:
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         free_first = sorted(slots, key=lambda slot: (slot.state is SlotState.ALLOCATED, -slot.number))
         for slot in free_first[: max(0, len(slots) - num_slots)]:
-            await self.remove_slot(slot.slot_id)
+            with suppress(SlotNotFoundError):  # another process was faster
+                await self.remove_slot(slot.slot_id)
         await self.fill(num_slots)
 
     async def shrink_to(self, num_slots: int) -> None:
@@ -307,7 +308,7 @@ class SlotKeeper:
         return found
 
     async def _check_slot(self, slot_id: str) -> list[str]:
-        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
+        hold = await self._take(slot_id, SlotState.AVAILABLE)
         if hold is None:
             return []
         problems: list[str] = []
@@ -326,7 +327,8 @@ class SlotKeeper:
         """Make the trees of all unleased slots anew."""
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             if slot.state is not SlotState.ALLOCATED:
-                await self.repair_slot(slot.slot_id)
+                with suppress(SlotInUseError, SlotNotFoundError):  # it has just been leased or removed
+                    await self.repair_slot(slot.slot_id)
 
     async def fill(self, num_slots: int) -> None:
         """Make the slots that are missing, side by side; raises the first failure.
@@ -409,7 +411,7 @@ class SlotKeeper:
 
     async def repair_later(self, slot_id: str) -> bool:
         """Begin to repair a quarantined slot in the background; False where it is not quarantined or busy."""
-        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.ERROR}, becomes=SlotState.CLEANING)
+        hold = await self._take(slot_id, SlotState.ERROR, becomes=SlotState.CLEANING)
         if hold is None:
             return False
         slot = attrs.evolve(hold.slot, error=None)
@@ -423,7 +425,7 @@ class SlotKeeper:
         """
         dropped = []
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            hold = await self._pool.parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
+            hold = await self._take(slot.slot_id, SlotState.ERROR)
             if hold is None:
                 continue
             try:
@@ -448,6 +450,12 @@ class SlotKeeper:
                 f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._pool.name
             )
         return outcome[0]
+
+    async def _take(self, slot_id: str, state: SlotState, *, becomes: SlotState | None = None) -> Hold | None:
+        """Take a slot in a state; None where it is in another, busy, or has just been removed."""
+        with suppress(SlotNotFoundError):
+            return await self._pool.parts.coordinator.take(slot_id, states={state}, becomes=becomes)
+        return None
 
     async def _hold(self, slot_id: str) -> Hold:
         """Take an unleased slot for maintenance, waiting for a cleaning under way."""
