@@ -49,8 +49,8 @@ class PoolCompletion:
 
     async def settled(self) -> None:
         """Wait until all that was begun is done, or has failed, of which an event tells."""
-        while self._running:
-            await asyncio.wait(list(self._running.values()))
+        while pending := [task for task in self._running.values() if not task.done()]:
+            await asyncio.wait(pending)
 
     async def stop(self) -> None:
         """Interrupt all that was begun; nothing half made is left of it."""
