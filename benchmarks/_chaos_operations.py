@@ -133,7 +133,7 @@ OPERATIONS: Final = {
 
 async def all_back(manager: PoolManager, name: str, *, slots: int) -> list[str]:
     """Return what is missing of a pool that should have so many slots, once there was time to put it right."""
-    lost = await worker.all_available(manager, name, 60.0)
+    lost = await worker.all_available(manager, name, 60.0, slots=slots)
     count = len(await manager.list_slots(name))
     return lost if count >= slots else [*lost, f"{name} has {count} slots of {slots}"]
 

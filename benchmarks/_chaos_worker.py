@@ -236,13 +236,13 @@ def _accuse_living(root: Path, slot: LeasedSlot, witness: Path) -> None:
 # Whether all is well again
 
 
-async def all_available(manager: PoolManager, name: str, seconds: float) -> list[str]:
-    """Wait until every slot of a pool is AVAILABLE; return those that are not in time, with what is known of them."""
+async def all_available(manager: PoolManager, name: str, seconds: float, *, slots: int = 0) -> list[str]:
+    """Wait until a pool has so many slots and every one is AVAILABLE; return those that are not in time, and why."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
-        slots = await manager.list_slots(name)
-        others = [f"{slot.slot_id}: {slot.state} {slot.error}" for slot in slots if slot.state != SlotState.AVAILABLE]
-        if not others or asyncio.get_running_loop().time() > deadline:
+        found = await manager.list_slots(name)
+        others = [f"{slot.slot_id}: {slot.state} {slot.error}" for slot in found if slot.state != SlotState.AVAILABLE]
+        if (not others and len(found) >= slots) or asyncio.get_running_loop().time() > deadline:
             return others
         await asyncio.sleep(0.02)
 

@@ -216,7 +216,7 @@ class NamedSteps:
         lost: list[str] = []
         async with self._manager(operation) as manager:
             await manager.wait_ready(60)
-            if worker.OTHER in operation.pools:
+            if worker.OTHER in operation.pools and worker.OTHER not in await manager.list_pools():
                 await manager.create_pool(worker.OTHER, self._url, num_slots=1)
             for slot in await manager.list_slots(worker.POOL) if operation.is_detached else []:
                 await manager.force_unlock(slot.slot_id)

@@ -124,8 +124,6 @@ async def judge(root: Path) -> Findings:
     found = Findings()
     async with PoolManager(worker.config(root)) as manager:
         for name in await manager.list_pools():
-            if name == worker.OTHER:  # its maker may have died before its first slot: who asks again gets it whole
-                await manager.create_pool(name, str(root / "origin"), num_slots=1)
             found.slots_lost += await all_back(manager, name, slots=worker.SLOTS if name == worker.POOL else 1)
             await worker.lease_all(manager, root, name)
         found.half_made += [f"{slot_id}: {problems}" for slot_id, problems in (await manager.check()).items()]

@@ -137,11 +137,16 @@ def sync_directory(path: str) -> None:
 
 
 def is_temporary_name(name: str) -> bool:
-    """Return whether a directory entry is one that `write_atomic` or `copy_preserving` makes and renames or removes.
+    """Return whether a directory entry is one that `temporary_name` named, such as those of `write_atomic`.
 
     An old one was left by a process that was killed, and may be deleted.
     """
     return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def temporary_name() -> str:
+    """Return a new name for what is renamed or removed in moments."""
+    return f".repopool-{unique_name()}.tmp"
 
 
 def unique_name() -> str:
@@ -152,7 +157,7 @@ def unique_name() -> str:
 
 @contextmanager
 def _replacement(path: str, mode: int) -> Iterator[int]:
-    temporary = os.path.join(os.path.dirname(path), f".repopool-{unique_name()}.tmp")
+    temporary = os.path.join(os.path.dirname(path), temporary_name())
     descriptor = os.open(temporary, _CREATE, mode)
     try:
         try:

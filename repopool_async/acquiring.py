@@ -233,20 +233,24 @@ class Acquirer:
             await self._keeper.recover()
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         hosts = self._pool.hosts
-        if all(slot.state is SlotState.ERROR or hosts.is_closed(slot.host_id) for slot in slots):
-            reasons = "; ".join(self._why_not(slot) for slot in slots) or "it has none"
-            is_hosts = any(hosts.is_closed(slot.host_id) for slot in slots)
-            remedy = "`repopool hosts list` says more" if is_hosts else "repair_slot makes one usable again"
-            raise SlotAllocationError(
-                f"{self._pool.name}: no slot can be leased ({reasons}); {remedy}",
-                repo_name=self._pool.name,
-            )
+        is_hopeless = all(slot.state is SlotState.ERROR or hosts.is_closed(slot.host_id) for slot in slots)
+        if is_hopeless and not self._keeper.is_making_slots:
+            raise self._nothing_to_lease(slots)
         self._tell_deadlock(attempt, slots)
         # A cleaning may have ended since the claim found nothing: then the next claim will find it.
         coming = (SlotState.CLEANING, SlotState.AVAILABLE)
         is_cleaning = any(slot.state in coming and slot.host_id not in hosts.unusable for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self._keeper.returning)):
             raise await self._timed_out(attempt, slots)
+
+    def _nothing_to_lease(self, slots: list[Slot]) -> SlotAllocationError:
+        reasons = "; ".join(self._why_not(slot) for slot in slots) or "it has none"
+        remedy = "repair_slot makes one usable again" if slots else "create_pool or add_slot makes some"
+        if any(self._pool.hosts.is_closed(slot.host_id) for slot in slots):
+            remedy = "`repopool hosts list` says more"
+        return SlotAllocationError(
+            f"{self._pool.name}: no slot can be leased ({reasons}); {remedy}", repo_name=self._pool.name
+        )
 
     def _why_not(self, slot: Slot) -> str:
         if slot.state is SlotState.ERROR:

@@ -5,10 +5,11 @@ What a condition means for claims is `host_registry`'s business, what becomes of
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 from repopool_async.assembly import Shared
 from repopool_async.config_hosts import HostSpec
-from repopool_async.exceptions import ConfigError, SlotAllocationError, SlotInUseError
+from repopool_async.exceptions import ConfigError, SlotAllocationError, SlotInUseError, SlotNotFoundError
 from repopool_async.host_states import HostCondition, HostState
 from repopool_async.models import LOCAL_HOST, HostStatus, Slot, SlotState
 from repopool_async.open_leases import describe_holder
@@ -139,10 +140,14 @@ class HostVerbs:
             await pool.watch.force_unlock(slot.slot_id)
         await self._shared.coordinator.unpark_host(host_id)
         is_out = self._shared.hosts.is_out(host_id)
-        for slot in slots:
-            await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
+
+        async def remove() -> None:
+            for slot in slots:
+                with suppress(SlotNotFoundError):  # another process was faster
+                    await pool.keeper.remove_slot(slot.slot_id, saves_work=not is_out)
+
         try:
-            await pool.keeper.fill(pool.record.num_slots)
+            await self._registry.replace_slots(pool, remove)
         except SlotAllocationError as error:
             self._shared.bus.emit("pool.short", {"repo_name": pool.name, "reason": str(error)})
 

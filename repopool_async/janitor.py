@@ -7,7 +7,7 @@ Everything it does is reported as an event. It decides nothing about a single sl
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 from repopool_async._aio import TaskSet, in_thread
@@ -38,7 +38,8 @@ class SweepReport(list[str]):
 
     Attributes:
         stale_locks: of which the signatures of dead holders were erased. removed: paths of left-overs deleted.
-        repairing: quarantined slots whose repair was begun. expired: slots whose lease had lasted too long.
+        repairing: quarantined slots whose repair was begun. completing: pools whose maker died before all their slots
+            were there, which are being made. expired: slots whose lease had lasted too long.
         over_limit: pools that use more disk than they may, even after what may go has gone.
         is_janitor: False where another process was sweeping, which then did the rest.
     """
@@ -48,6 +49,7 @@ class SweepReport(list[str]):
         self.stale_locks: list[StaleLock] = []
         self.removed: list[str] = []
         self.repairing: list[str] = []
+        self.completing: list[str] = []
         self.expired: list[str] = []
         self.over_limit: list[str] = []
         self.is_janitor = True
@@ -59,6 +61,7 @@ class SweepReport(list[str]):
             "stale_locks": [lock.slot_id for lock in self.stale_locks],
             "removed": self.removed,
             "repairing": self.repairing,
+            "completing": self.completing,
             "expired": self.expired,
             "over_limit": self.over_limit,
         }
@@ -70,6 +73,8 @@ class Janitor:
 
     Args:
         pools: returns the pools as they are now. interval_seconds: between two sweeps.
+        complete: begins to make the slots that a pool lacks because their maker died, and returns whether it lacks
+            any; told whether that is asked for.
     """
 
     def __init__(
@@ -79,16 +84,19 @@ class Janitor:
         store: SlotStore,
         locks: LockManager,
         emit: Callable[[str, Mapping[str, Any]], None],
+        complete: Callable[[RepoPool, bool], Awaitable[bool]],
         interval_seconds: float,
     ) -> None:
         self._pools = pools
         self._store = store
         self._locks = locks
         self._emit = emit
+        self._complete = complete
         self.interval_seconds = interval_seconds
         self._tasks = TaskSet("janitor")
         self._turn = asyncio.Lock()
         self._taken_over: list[str] = []
+        self._completing: list[str] = []
         self._warned: set[str] = set()
         self._repairs: dict[str, tuple[int, float]] = {}
         self._measured: dict[str, float] = {}
@@ -99,6 +107,7 @@ class Janitor:
         """Take over what dead owners left, and go on sweeping in the background."""
         for pool in self._pools():
             self._taken_over += await pool.keeper.recover()
+            self._completing += [pool.name] if await self._complete(pool, False) else []
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
         self._tasks.spawn(self._empty_trash_for_ever(), name="empty-trash")
@@ -114,7 +123,7 @@ class Janitor:
     async def sweep(self, *, is_asked: bool = True) -> SweepReport:
         """Take over what dead owners left, begin all else that is to be put right, and return what was done.
 
-        What was taken over in the background since the last call is among it.
+        What was taken over, and begun to be completed, in the background since the last call is among it.
 
         Args:
             is_asked: wait for another process's janitor, and do at once what otherwise is done now and then.
@@ -125,8 +134,11 @@ class Janitor:
     async def _sweep(self, *, is_asked: bool) -> SweepReport:
         taken_over, self._taken_over = self._taken_over, []
         report = SweepReport(taken_over)
+        report.completing, self._completing = self._completing, []
         for pool in list(self._pools()):
             report += await pool.keeper.recover()
+            if pool.name not in self._over_limit and await self._complete(pool, is_asked):
+                report.completing.append(pool.name)
         try:
             async with self._locks.acquire_slot_lock(_LOCK_ID, timeout=_LOCK_SECONDS if is_asked else 0):
                 await self._do_chores(report, is_asked=is_asked)
@@ -260,7 +272,8 @@ class Janitor:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                self._taken_over = list(await self.sweep(is_asked=False))
+                report = await self.sweep(is_asked=False)
+                self._taken_over, self._completing = list(report), report.completing
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self.interval_seconds)
             await asyncio.sleep(self.interval_seconds)

@@ -15,6 +15,7 @@ from repopool_async.configured_pools import ConfiguredPools
 from repopool_async.exceptions import ManagerClosedError
 from repopool_async.host_watch import HostWatch
 from repopool_async.janitor import Janitor
+from repopool_async.pool_completion import PoolCompletion
 from repopool_async.pool_registry import PoolRegistry
 from repopool_async.preflight import check_machine
 
@@ -36,6 +37,7 @@ class Lifecycle:
         reloading: ConfigReload,
         *,
         janitor: Janitor,
+        completion: PoolCompletion,
         watch: HostWatch,
     ) -> None:
         self.state = "new"
@@ -44,6 +46,7 @@ class Lifecycle:
         self._configured = configured
         self._reloading = reloading
         self._janitor = janitor
+        self._completion = completion
         self._watch = watch
         self._transition = asyncio.Lock()
         self._interruptions = Interruptions()
@@ -110,6 +113,7 @@ class Lifecycle:
         await self._reloading.stop()
         await self._configured.stop()
         await self._janitor.stop()
+        await self._completion.stop()
         await self._watch.stop()
         await self._shared.hosts.aclose()
         await together(*[lambda pool=pool: pool.close(deadline) for pool in self._registry])

@@ -73,6 +73,7 @@ class HeldLock:
         self._descriptors = [descriptor]
         self._identity = identity
         self._pid = os.getpid()
+        self._is_left = False
 
     def __del__(self) -> None:
         # Whoever lost it cannot give it up any more; what the slot's record says is then left to recovery.
@@ -93,6 +94,10 @@ class HeldLock:
         """
         return self.is_held and identity_of(self._path) == self._identity
 
+    def leave(self) -> None:
+        """Have the next holder find `was_left`, as after a death: it knows best what to do about a half done thing."""
+        self._is_left = True
+
     def release_sync(self) -> None:
         """Give the lock up; a second call does nothing."""
         try:
@@ -102,7 +107,8 @@ class HeldLock:
         if self._pid != os.getpid():
             return  # closed in the child, where the number may be another file's by now
         try:
-            _write_text(descriptor, b"")
+            if not self._is_left:
+                _write_text(descriptor, b"")
         finally:
             lock_files.close(descriptor)
 

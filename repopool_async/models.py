@@ -112,6 +112,8 @@ class Pool:
         next_slot_number: slot numbers are never used again.
         options: the per-pool options of `pools.yaml` that differ from the defaults.
         is_drained: it was removed from the configuration: nothing of it is leased any more, nothing deleted.
+        is_complete: False from before missing slots are made until all are there, and while the pool is deleted;
+            where that is nobody's work any more, whoever was at it died.
         extra: keys of a newer version, kept as they are.
     """
 
@@ -122,6 +124,7 @@ class Pool:
     next_slot_number: int = 1
     options: Mapping[str, Any] = attrs.field(factory=dict)
     is_drained: bool = False
+    is_complete: bool = True
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 

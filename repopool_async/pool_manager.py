@@ -41,6 +41,7 @@ from repopool_async.models import (
     SlotStatus,
     parse_slot_id,
 )
+from repopool_async.pool_completion import PoolCompletion
 from repopool_async.pool_registry import PoolRegistry
 from repopool_async.repo_pool import RepoPool, Unset
 from repopool_async.salvage_catalogue import SalvageCatalogue
@@ -98,11 +99,13 @@ class PoolManager(HostVerbs):
         )
         self._registry = PoolRegistry(self._shared, assembler)
         self._configured = ConfiguredPools(self._shared, self._registry)
+        self._completion = PoolCompletion(self._shared, self._registry)
         self._janitor = Janitor(
             lambda: self._registry,
             store=self._shared.store,
             locks=self._shared.locks,
             emit=self._shared.bus.emit,
+            complete=self._completion.begin,
             interval_seconds=self.config.janitor_interval,
         )
         self._reloading = ConfigReload(self._shared, self._registry, self._configured, self._janitor)
@@ -113,7 +116,13 @@ class PoolManager(HostVerbs):
             locks=self._shared.locks,
         )
         self._lifecycle = Lifecycle(
-            self._shared, self._registry, self._configured, self._reloading, janitor=self._janitor, watch=watch
+            self._shared,
+            self._registry,
+            self._configured,
+            self._reloading,
+            janitor=self._janitor,
+            completion=self._completion,
+            watch=watch,
         )
 
     @classmethod
@@ -264,6 +273,9 @@ class PoolManager(HostVerbs):
 
         Raises:
             PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted.
+
+        Cancelled, it is deleted all the same. Where this process dies amid it, whoever comes next makes the pool whole
+        again; delete it again.
         """
         pool = await self.get_pool(name)
         async with self._registry.name_held(name):
@@ -379,7 +391,10 @@ class PoolManager(HostVerbs):
             salvage_id: or its beginning. branch: what to call the branch; `salvage/<short id>` where missing.
 
         Raises:
-            SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists.
+            SalvageNotFoundError: there is none of that id. CommandFailedError: such a branch exists, at another commit;
+            then none has been made.
+
+        Cancelled, it may be called again, and goes by what has been made by then.
         """
         pool = await self._pool_of(slot.slot_id)
         return await SalvageCatalogue([pool], self._shared.own.host).restore(salvage_id, slot, branch=branch)
@@ -390,7 +405,10 @@ class PoolManager(HostVerbs):
         """Bring saved work into any clone of the repository as branches; its working tree is not touched.
 
         Raises:
-            SalvageNotFoundError: there is none of that id. SalvageError: git refused.
+            SalvageNotFoundError: there is none of that id. SalvageError: git refused, as where such a branch exists at
+            another commit; then none has been made.
+
+        Cancelled, it may be called again.
         """
         return await (await self._salvage()).restore_into(salvage_id, directory, branch=branch)
 
@@ -520,14 +538,16 @@ class PoolManager(HostVerbs):
     async def recover(self) -> SweepReport:
         """Run the janitor once, wait until what it began is done, and return what it did.
 
-        It takes over what dead processes left, ends leases older than `max_lease_seconds`, repairs quarantined slots,
-        erases the signatures of dead lock holders, deletes abandoned temporary files, and keeps to `disk_limit`.
+        It takes over what dead processes left, makes the slots of pools whose maker died, ends leases older than
+        `max_lease_seconds`, repairs quarantined slots, erases the signatures of dead lock holders, deletes abandoned
+        temporary files, and keeps to `disk_limit`.
 
         Returns:
             The ids of the slots taken over, a list, with attributes for all else.
         """
         self._require_open()
         recovered = await self._janitor.sweep()
+        await self._completion.settled()
         await self.wait_clean()
         return recovered
 

@@ -4,7 +4,7 @@ Several processes may do that with one directory at once; who does holds the poo
 asks for is `configured_pools`' business, what a pool is made of `assembly`'s.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import attrs
@@ -98,6 +98,40 @@ class PoolRegistry:
         self._shared.bus.emit("pool.ready", {"repo_name": name})
         return pool
 
+    async def is_unfinished(self, name: str) -> bool:
+        """Return whether a pool lacks slots that nobody is making: whoever did has died, or could not."""
+        stored = await self.stored(name)
+        if stored is None or stored.is_complete or stored.is_drained:
+            return False
+        return not await self._shared.locks.is_locked(name_lock(name))
+
+    async def complete(self, pool: RepoPool) -> None:
+        """Make the slots that an unfinished pool lacks, unless somebody else is at it; raises as `create` does."""
+        held = await self._shared.locks.try_acquire(name_lock(pool.name))
+        if held is None:
+            return
+        try:
+            stored = await self.stored(pool.name)
+            if stored is None or stored.is_complete or stored.is_drained:
+                return
+            await pool.keeper.chores.make_mirrors()
+            await self._make_slots(pool, stored)
+        finally:
+            await held.release()
+        self._shared.bus.emit("pool.ready", {"repo_name": pool.name})
+
+    async def replace_slots(self, pool: RepoPool, remove: Callable[[], Awaitable[None]]) -> None:
+        """Remove slots and make as many new ones; who dies or fails meanwhile leaves the pool unfinished.
+
+        Raises:
+            SlotAllocationError: its hosts cannot hold so many. Otherwise as `create` and `remove`.
+        """
+        async with self.name_held(pool.name):
+            stored = await self._shared.store.load_pool(pool.name)
+            await self._shared.store.save_pool(attrs.evolve(stored, is_complete=False))
+            await remove()
+            await self._make_slots(pool, await self._shared.store.load_pool(pool.name))
+
     async def retire(self, name: str) -> None:
         """Have a pool give no more leases, in whichever process opens it, until it is created again."""
         async with self.name_held(name):
@@ -127,7 +161,7 @@ class PoolRegistry:
     @asynccontextmanager
     async def name_held(self, name: str) -> AsyncIterator[None]:
         """Keep all others, in other processes too, from making, changing or deleting a pool during the block."""
-        async with self._shared.locks.acquire_slot_lock(f"pool-{name}", timeout=None):
+        async with self._shared.locks.acquire_slot_lock(name_lock(name), timeout=None):
             yield
 
     async def _with_options(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
@@ -162,18 +196,31 @@ class PoolRegistry:
     async def _fill(self, pool: RepoPool, record: Pool, *, is_new: bool) -> None:
         try:
             await pool.keeper.chores.make_mirrors()
-            await self._shared.store.save_pool(record)
-            await pool.keeper.fill(record.num_slots)
+            await self._make_slots(pool, record)
         except BaseException:
             if is_new:
                 await shielded(self._unmake(pool), name=f"unmake-{pool.name}")
             raise
+
+    async def _make_slots(self, pool: RepoPool, record: Pool) -> None:
+        """Make a pool have the slots that its record says; until all are there it says that some are missing, too."""
+        is_complete = len(await pool.list_slots()) >= record.num_slots
+        await self._shared.store.save_pool(attrs.evolve(record, is_complete=is_complete))
+        if not is_complete:
+            await pool.keeper.fill(record.num_slots)
+            stored = await self._shared.store.load_pool(pool.name)  # numbers have been given since
+            await self._shared.store.save_pool(attrs.evolve(stored, is_complete=True))
 
     async def _unmake(self, pool: RepoPool) -> None:
         self._pools.pop(pool.name, None)
         await pool.close(Deadline.after(0))
         with suppress(PoolNotFoundError):  # interrupted before anything was made
             await pool.erase()
+
+
+def name_lock(name: str) -> str:
+    """Return the lock of whoever makes, changes or deletes a pool."""
+    return f"pool-{name}"
 
 
 def _refuse_other_repository(name: str, stored: Pool | None, url: str) -> None:

@@ -7,15 +7,17 @@ business of the floors below; names of pools, configuration and closing that of 
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import Enum
 from typing import Any, Final
+
+import attrs
 
 from repopool_async._aio import Deadline
 from repopool_async.acquiring import Acquirer
 from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
-from repopool_async.exceptions import PoolInUseError, PoolTimeoutError
+from repopool_async.exceptions import PoolInUseError, PoolTimeoutError, SlotNotFoundError
 from repopool_async.host_registry import HostRegistry
 from repopool_async.lease import LeasedSlot
 from repopool_async.lease_watch import LeaseWatch
@@ -282,8 +284,11 @@ class RepoPool:
     async def delete(self, *, force: bool) -> None:
         """Delete every slot and the mirror.
 
+        Who dies or fails amid it leaves the pool unfinished, so that it is made whole again until it is deleted.
+
         Raises:
-            PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted.
+            PoolInUseError: a slot is leased and `force` is not given; nothing has been deleted. PoolNotFoundError:
+            somebody else has deleted it.
         """
         slots = await self._parts.coordinator.list_slots(self.name)
         leased = [slot for slot in slots if slot.state is SlotState.ALLOCATED]
@@ -293,12 +298,15 @@ class RepoPool:
                 repo_name=self.name,
             )
         self.refuse()
+        stored = await self._parts.store.load_pool(self.name)
+        await self._parts.store.save_pool(attrs.evolve(stored, is_complete=False))
         for slot in leased:
             await self._parts.coordinator.force_unlock(slot.slot_id)
         await self.watch.notice_lost()
         await self.close(Deadline.after(self.options.cleanup_timeout if not force else 0))
         for slot in slots:
-            await self.keeper.remove_slot(slot.slot_id, saves_work=False)
+            with suppress(SlotNotFoundError):  # another process was faster
+                await self.keeper.remove_slot(slot.slot_id, saves_work=False)
         await self.erase()
 
     async def erase(self) -> None:

@@ -1,4 +1,4 @@
-"""Being alone in a bare repository of the pool's, across processes, with nothing of a dead holder in the way.
+"""Being alone in a bare repository of the pool's, across processes, with nothing of a git that was killed in the way.
 
 What is done there meanwhile is the business of whoever holds the lock: the mirror's, or that of saved work.
 """
@@ -26,15 +26,20 @@ class RepositoryLock:
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Hold the lock for the block, after whatever a dead holder left is out of the way.
+        """Hold the lock for the block, after whatever a holder that died or failed left is out of the way.
 
         Raises:
             OSError: that could not be removed.
         """
         async with self._locks.acquire_slot_lock(self._lock_id, timeout=None) as held:
-            if held.was_left:
-                await self._clear_up()
-            yield
+            try:
+                if held.was_left:
+                    await self._clear_up()
+                yield
+            except BaseException:
+                # Our git may have been killed: cancelled, or because it took too long.
+                held.leave()
+                raise
 
     async def _clear_up(self) -> None:
         """End the git of a holder that died, and remove the locks that a killed git leaves; we hold the lock."""

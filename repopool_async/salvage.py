@@ -6,13 +6,14 @@ other branches and the stashes; what else is known is JSON in its message. Readi
 `salvage_reader`'s business; when a lease's work is due to be saved is the keeper's.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from uuid import uuid4
 
 import attrs
 
+from repopool_async._aio import shielded
 from repopool_async._clock import now
 from repopool_async._codec import CodecError, dumps, loads
 from repopool_async._git import WORK_MARK, GitRunner, validate_branch_name
@@ -38,6 +39,8 @@ _IDENTITY: Final = {
 _DURABLE: Final = {"core.fsync": "objects,reference"}
 _SKIPPED_SHOWN: Final = 500
 _BOUNDARY: Final = 200
+_MOMENT_SECONDS: Final = 60.0
+"""How long a git may take that only changes refs; more than a moment only where hooks of the lessee's do."""
 _SHORT: Final = 8
 _SHORTEST: Final = 4
 
@@ -45,7 +48,13 @@ _SHORTEST: Final = 4
 class RunCommand(Protocol):
     """Runs a command where saved work shall be brought back to, raising where it fails."""
 
-    def __call__(self, *argv: str, env: Mapping[str, str] | None = None) -> Awaitable[CommandResult]:
+    def __call__(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+    ) -> Coroutine[Any, Any, CommandResult]:
         """Run it to its end."""
 
 
@@ -260,18 +269,20 @@ class Salvage:
                 `<branch>.files` and each stash a branch `<branch>.stash-<n>`.
 
         Raises:
-            RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists.
+            RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists
+            and is at another commit; then none has been made.
+
+        Cancelled, it may be called again, and goes by what has been made by then.
         """
         name = validate_branch_name(branch or f"salvage/{record.salvage_id[:_SHORT]}")
         ref = f"{_REFS}/{record.salvage_id}"
         await run(
             "git", "-c", "protocol.file.allow=always", "fetch", "--quiet", "--no-tags", "--no-write-fetch-head",
-            "--no-recurse-submodules", "--no-auto-maintenance", "--end-of-options", self.path, f"+{ref}:{ref}",
+            "--no-recurse-submodules", "--no-auto-maintenance", "--end-of-options", self.path, ref,
             env={"GIT_ALLOW_PROTOCOL": "file"},
         )  # fmt: skip
         branches = _branches_of(record, name, with_files=not is_clean)
-        for one, commit in branches.items():
-            await run("git", "branch", "--no-track", "--end-of-options", one, commit)
+        await self._make_branches(branches, run, saved=f"update {ref} {record.commit}\n")
         if is_clean:
             await self._check_out(record, run, name)
         return RestoredSalvage(
@@ -281,12 +292,31 @@ class Salvage:
             is_checked_out=is_clean,
         )
 
+    async def _make_branches(self, branches: Mapping[str, str], run: RunCommand, *, saved: str) -> None:
+        """Make all of them or none; those that a call made which was cancelled afterwards stay.
+
+        Args:
+            saved: the line that makes the ref by which all that was saved stays.
+        """
+        listing = await run("git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/heads/")
+        present = set(listing.stdout.splitlines())
+        wanted = [f"refs/heads/{name} {commit}".encode(errors="surrogateescape") for name, commit in branches.items()]
+        missing = b"".join(b"create %s\n" % line for line in wanted if line not in present)
+        command = ("git", "update-ref", "-m", "repopool: saved work brought back", "--stdin")
+        await _undisturbed(run(*command, input=saved.encode() + missing, timeout=_MOMENT_SECONDS))
+
     async def _check_out(self, record: SalvageRecord, run: RunCommand, branch: str) -> None:
         await run("git", "checkout", "--quiet", "--no-recurse-submodules", branch, "--")
         if record.files_changed or record.untracked:
             await run("git", "restore", "--worktree", f"--source={record.commit}", "--", ":/")
+        if not record.stash_commits:
+            return
+        present = (await run("git", "stash", "list", "--format=%H")).stdout.decode().split()
         for commit, message in reversed([*zip(record.stash_commits, record.stash_messages, strict=True)]):
-            await run("git", "stash", "store", "--quiet", "-m", message or "salvaged", commit)
+            if commit in present:
+                continue
+            command = ("git", "stash", "store", "--quiet", "-m", message or "salvaged", commit)
+            await _undisturbed(run(*command, timeout=_MOMENT_SECONDS))
 
     # -- forgetting ----------------------------------------------------------------------------------------------
 
@@ -344,6 +374,11 @@ class Salvage:
             *args, git_dir=self.path, input=input, config={**_DURABLE, **self._mirror.promises},
             repo_name=self._repo_name, env={WORK_MARK: self.path},
         )  # fmt: skip
+
+
+async def _undisturbed(git: Coroutine[Any, Any, CommandResult]) -> None:
+    """Have a git that changes refs finish: one that is killed just as it makes a lock file leaves that behind."""
+    await shielded(git, name="restore-salvage")
 
 
 def _id_of(slot: Slot) -> str:

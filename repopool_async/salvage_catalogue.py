@@ -45,9 +45,12 @@ class SalvageCatalogue:
         """Bring saved work into any clone of the repository as branches."""
         pool, salvage, record = await self._find(salvage_id)
 
-        async def run(*argv: str, env: Mapping[str, str] | None = None) -> CommandResult:
+        async def run(
+            *argv: str, env: Mapping[str, str] | None = None, input: bytes | None = None, timeout: float | None = None
+        ) -> CommandResult:
             environment = {**lessee_environment(), **(env or {})}
-            done = await self.host.run(argv, env=environment, cwd=os.path.abspath(directory))  # noqa: ASYNC240, PTH100
+            where = os.path.abspath(directory)  # noqa: ASYNC240, PTH100
+            done = await self.host.run(argv, env=environment, cwd=where, input=input, timeout=timeout)
             if done.exit_code != 0:
                 words = done.stderr.decode(errors="replace").strip()
                 raise SalvageError(f"{record.salvage_id[:8]}: cannot be restored: {words}", repo_name=pool.name)

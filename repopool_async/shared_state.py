@@ -56,7 +56,10 @@ class NamedLock(Protocol):
 
     @property
     def was_left(self) -> bool:
-        """Whether the last holder ended without releasing it, and so perhaps amid something."""
+        """Whether the last holder ended without releasing it, or said so, and so perhaps amid something."""
+
+    def leave(self) -> None:
+        """Have the next holder find `was_left`, though this one will release it."""
 
     async def release(self) -> None:
         """Give the lock up; a second call does nothing."""

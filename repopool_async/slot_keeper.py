@@ -8,8 +8,8 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -61,6 +61,7 @@ class SlotKeeper:
         self._holds: dict[str, Hold] = {}
         self._unclean: list[tuple[Hold, Slot]] = []
         self._target: int | None = None
+        self._makers = 0
         self._tasks = TaskSet(f"pool-{context.name}", on_error=self._task_failed)
 
     @property
@@ -249,7 +250,8 @@ class SlotKeeper:
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         free_first = sorted(slots, key=lambda slot: (slot.state is SlotState.ALLOCATED, -slot.number))
         for slot in free_first[: max(0, len(slots) - num_slots)]:
-            await self.remove_slot(slot.slot_id)
+            with suppress(SlotNotFoundError):  # another process was faster
+                await self.remove_slot(slot.slot_id)
         await self.fill(num_slots)
 
     async def shrink_to(self, num_slots: int) -> None:
@@ -306,7 +308,7 @@ class SlotKeeper:
         return found
 
     async def _check_slot(self, slot_id: str) -> list[str]:
-        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.AVAILABLE})
+        hold = await self._take(slot_id, SlotState.AVAILABLE)
         if hold is None:
             return []
         problems: list[str] = []
@@ -325,19 +327,36 @@ class SlotKeeper:
         """Make the trees of all unleased slots anew."""
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
             if slot.state is not SlotState.ALLOCATED:
-                await self.repair_slot(slot.slot_id)
+                with suppress(SlotInUseError, SlotNotFoundError):  # it has just been leased or removed
+                    await self.repair_slot(slot.slot_id)
 
     async def fill(self, num_slots: int) -> None:
         """Make the slots that are missing, side by side; raises the first failure.
 
         Those of a host that stops answering meanwhile are made on the others.
         """
-        while missing := num_slots - len(await self._pool.parts.coordinator.list_slots(self._pool.name)):
-            if missing < 0:
-                return
-            sites = await self._maker.sites(missing)
-            await self.chores.make_mirrors({site.host_id for site in sites})
-            await together(*[partial(self._make_if_reached, site) for site in sites])
+        with self.making_slots():
+            while missing := num_slots - len(await self._pool.parts.coordinator.list_slots(self._pool.name)):
+                if missing < 0:
+                    return
+                sites = await self._maker.sites(missing)
+                await self.chores.make_mirrors({site.host_id for site in sites})
+                await together(*[partial(self._make_if_reached, site) for site in sites])
+
+    @property
+    def is_making_slots(self) -> bool:
+        """Whether this process makes the pool have more slots now."""
+        return self._makers > 0
+
+    @contextmanager
+    def making_slots(self) -> Iterator[None]:
+        """Have whoever finds no slot wait for those that come during the block."""
+        self._makers += 1
+        try:
+            yield
+        finally:
+            self._makers -= 1
+            self._pool.changed.set()
 
     async def _make_if_reached(self, site: Site) -> None:
         with suppress(HostUnreachableError):  # it is suspect now, so that no site will be there
@@ -392,7 +411,7 @@ class SlotKeeper:
 
     async def repair_later(self, slot_id: str) -> bool:
         """Begin to repair a quarantined slot in the background; False where it is not quarantined or busy."""
-        hold = await self._pool.parts.coordinator.take(slot_id, states={SlotState.ERROR}, becomes=SlotState.CLEANING)
+        hold = await self._take(slot_id, SlotState.ERROR, becomes=SlotState.CLEANING)
         if hold is None:
             return False
         slot = attrs.evolve(hold.slot, error=None)
@@ -406,7 +425,7 @@ class SlotKeeper:
         """
         dropped = []
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            hold = await self._pool.parts.coordinator.take(slot.slot_id, states={SlotState.ERROR})
+            hold = await self._take(slot.slot_id, SlotState.ERROR)
             if hold is None:
                 continue
             try:
@@ -431,6 +450,12 @@ class SlotKeeper:
                 f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._pool.name
             )
         return outcome[0]
+
+    async def _take(self, slot_id: str, state: SlotState, *, becomes: SlotState | None = None) -> Hold | None:
+        """Take a slot in a state; None where it is in another, busy, or has just been removed."""
+        with suppress(SlotNotFoundError):
+            return await self._pool.parts.coordinator.take(slot_id, states={state}, becomes=becomes)
+        return None
 
     async def _hold(self, slot_id: str) -> Hold:
         """Take an unleased slot for maintenance, waiting for a cleaning under way."""

@@ -7,6 +7,7 @@ a test's time. Their boot-time clock is ahead by what a file says, so time passe
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -38,10 +39,15 @@ class Refused(Exception):  # noqa: N818 - it says what a manager raised, by name
 
 @attrs.define
 class Process:
-    """A process with a manager."""
+    """A process with a manager.
+
+    Attributes:
+        handle: by which it can be signalled, and not who has its number once it is gone; None where it has been ended.
+    """
 
     pid: int
     connection: socket.socket
+    handle: int | None = None
 
     def call(self, verb: str, **arguments: Any) -> Any:
         """Have it do something and return what came of it; None where it died of that."""
@@ -60,10 +66,20 @@ class Process:
         return None
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):  # it may have ended by itself
-            os.kill(self.pid, signal.SIGKILL)
+        self.end()
         assert self._read() is None
         self.connection.close()
+
+    def end(self) -> None:
+        """Kill it where it still runs."""
+        if self.handle is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            os.close(self.handle)
+            self.handle = None
+
+    def has_ended(self) -> bool:
+        return self.handle is None or bool(select.select([self.handle], [], [], 0)[0])
 
     def _read(self) -> dict[str, Any] | None:
         data = b""
@@ -89,16 +105,18 @@ class Nursery:
         connection.settimeout(60)
         connection.connect(str(self.socket_path))
         process = Process(0, connection)
-        self._living.append(process)
+        for gone in [one for one in self._living if one.has_ended()]:
+            gone.end()
+            self._living.remove(gone)
         process.pid = process.call("begin", directory=str(self.directory), follows_file=follows_file)
+        process.handle = os.pidfd_open(process.pid)
+        self._living.append(process)
         return process
 
     def kill_all(self) -> None:
         for process in self._living:
             process.connection.close()
-            with suppress(ProcessLookupError):
-                if process.pid:
-                    os.kill(process.pid, signal.SIGKILL)
+            process.end()
         self._living.clear()
 
     def set_clock(self, ahead: float) -> None:

@@ -1,4 +1,4 @@
-"""Cancel anywhere, once or twice: every public coroutine is run once to count its suspensions, then once for each.
+"""Cancel anywhere, once or twice: what changes pools and leases runs once to count its suspensions, then once for each.
 
 After every cancellation no slot is lost, no lock held, no git alive, no task pending, and the next lease works.
 """
@@ -6,9 +6,7 @@ After every cancellation no slot is lost, no lock held, no git alive, no task pe
 import asyncio
 import contextlib
 import functools
-import os
-import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,79 +15,17 @@ import pytest
 from repopool_async import LeasedSlot, LeaseLostError, PoolConfig, PoolManager, RepoPool, SlotNotFoundError, SlotState
 from repopool_async._process import run_process
 from tests import _children
+from tests._cancelling import (
+    count_suspensions,
+    covers,
+    for_each_suspension,
+    nothing_left,
+    open_descriptors,
+    run_cancelled,
+    settling,
+)
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.endurance]
-
-Operation = Callable[[], Coroutine[Any, Any, object]]
-
-
-class Stepper:
-    """Runs a coroutine in the present task and cancels that task at chosen suspensions, counted from 1."""
-
-    def __init__(self, cancel_at: tuple[int, ...] = ()) -> None:
-        self.count = 0
-        self._cancel_at = cancel_at
-
-    @types.coroutine
-    def run(self, coroutine: Coroutine[Any, Any, object]) -> Generator[Any, Any, object]:
-        error: BaseException | None = None
-        while True:
-            try:
-                waiting_for = coroutine.send(None) if error is None else coroutine.throw(error)
-            except StopIteration as done:
-                return done.value
-            error = None
-            self.count += 1
-            if self.count in self._cancel_at:
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
-            try:
-                yield waiting_for
-            except BaseException as thrown:  # noqa: BLE001 - handed on to the coroutine
-                error = thrown
-
-
-async def count_suspensions(operation: Operation) -> int:
-    stepper = Stepper()
-    await stepper.run(operation())
-    return stepper.count
-
-
-async def run_cancelled(operation: Operation, cancel_at: tuple[int, ...]) -> bool:
-    """Return whether the operation was cancelled (it may also have finished just before)."""
-
-    async def body() -> None:
-        await Stepper(cancel_at).run(operation())
-
-    task = asyncio.get_running_loop().create_task(body())
-    await asyncio.wait([task], timeout=60)
-    assert task.done(), f"hangs when cancelled at {cancel_at}"
-    if task.cancelled():
-        return True
-    task.result()
-    return False
-
-
-async def for_each_suspension(operation: Operation, settle: Callable[[], Awaitable[None]]) -> int:
-    """Cancel at every suspension once, and at every one together with the following; return how many there were."""
-    count = await count_suspensions(operation)
-    await settle()
-    cancelled = 0
-    for at in range(1, count + 1):
-        for cancel_at in ((at,), (at, at + 1)):
-            cancelled += await run_cancelled(operation, cancel_at)
-            await settle()
-    assert cancelled > 0
-    return count
-
-
-def open_descriptors() -> set[str]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found.add(os.readlink(f"/proc/self/fd/{name}"))
-    return {path for path in found if path.endswith(".lock")}
 
 
 @pytest.fixture(autouse=True)
@@ -101,27 +37,11 @@ def _begin() -> None:
 async def manager(tmp_path: Path, origin: Path) -> AsyncIterator[PoolManager]:
     async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600)) as manager:
         await manager.create_pool("app", str(origin), num_slots=2)
+        await manager.recover()  # after which no sweep holds a lock
         yield manager
 
 
-def settling(manager: PoolManager, *, slots: int | None = 2) -> Callable[[], Awaitable[None]]:
-    async def settle() -> None:
-        await manager.recover()
-        await manager.wait_clean()
-        pool = await manager.get_pool("app")
-        summary = await pool.summary()
-        assert summary.available == summary.total_slots, summary
-        assert slots is None or summary.total_slots == slots
-        assert pool.stats() | {"fetches": 0} == {"leased": 0, "returning": 0, "waiting": 0, "fetches": 0}
-        assert open_descriptors() == set()
-        async with pool.lease(timeout=20) as slot:
-            assert slot.branch == "main"
-        await manager.wait_clean()
-        assert _children.left() == set()
-
-    return settle
-
-
+@covers("PoolManager.lease", "RepoPool.lease", "PoolManager.wait_clean")
 @pytest.mark.parametrize("ref", ["main", "feature/x"])
 async def test_lease(manager: PoolManager, ref: str) -> None:
     async def lease() -> None:
@@ -142,6 +62,13 @@ async def test_inline_cleaning(manager: PoolManager, origin: Path) -> None:
     await for_each_suspension(lease, settling(manager))
 
 
+@covers(
+    "PoolManager.allocate_slot",
+    "PoolManager.release_slot",
+    "RepoPool.allocate",
+    "RepoPool.release",
+    "RepoPool.give_back",
+)
 async def test_allocate_and_release(manager: PoolManager, origin: Path) -> None:
     await manager.create_pool("app", str(origin), num_slots=2, fetch_on_allocate=False)
     held: list[Any] = []
@@ -175,6 +102,7 @@ async def test_waiting_in_the_queue(manager: PoolManager, origin: Path) -> None:
     await for_each_suspension(wait_for_a_slot, settling(manager))
 
 
+@covers("PoolManager.add_slot", "PoolManager.remove_slot")
 async def test_add_and_remove_slot(manager: PoolManager) -> None:
     async def grow_and_shrink() -> None:
         slot = await manager.add_slot("app")
@@ -195,6 +123,7 @@ async def test_add_and_remove_slot(manager: PoolManager) -> None:
     await for_each_suspension(grow_and_shrink, shrink_and_settle)
 
 
+@covers("PoolManager.create_pool")
 async def test_create_pool(manager: PoolManager, origin: Path, tmp_path: Path) -> None:
     async def create() -> None:
         await manager.create_pool("other", str(origin), num_slots=1)
@@ -229,8 +158,7 @@ async def test_fetch_with_several_waiters(manager: PoolManager, origin: Path) ->
                 await asyncio.wait([cancelled, *others], timeout=60)
                 for task in (cancelled, *others):
                     task.result()
-                assert open_descriptors() == set()
-                assert _children.left() == set()
+                await nothing_left()
 
 
 async def test_fetch_that_all_its_waiters_leave(manager: PoolManager, origin: Path) -> None:
@@ -246,6 +174,7 @@ async def test_fetch_that_all_its_waiters_leave(manager: PoolManager, origin: Pa
         await settling(manager)()
 
 
+@covers("PoolManager.close", "RepoPool.close")
 @pytest.mark.parametrize("times", [1, 2])
 async def test_close(tmp_path: Path, origin: Path, times: int) -> None:
     async with PoolManager(PoolConfig(workspaces_dir=tmp_path / "pools")) as manager:
@@ -269,6 +198,7 @@ async def test_close(tmp_path: Path, origin: Path, times: int) -> None:
         assert await manager.available_count("app") == 1
 
 
+@covers("PoolManager.open")
 async def test_open(tmp_path: Path, origin: Path) -> None:
     """Cancelled, it leaves nothing open, and what it began to recover is recovered by the next."""
     config = PoolConfig(workspaces_dir=tmp_path / "pools", janitor_interval=3600)
@@ -297,6 +227,16 @@ async def leave_an_orphan(config: PoolConfig) -> None:
         await manager.close(0)
 
 
+@covers(
+    "PoolManager.resize",
+    "PoolManager.recover",
+    "PoolManager.force_unlock",
+    "PoolManager.delete_pool",
+    "PoolManager.drain",
+    "PoolManager.check",
+    "RepoPool.delete",
+    "RepoPool.erase",
+)
 @pytest.mark.parametrize(
     "verb",
     ["resize", "recover", "force_unlock", "delete_pool"]
@@ -356,6 +296,7 @@ async def abandon(pool: RepoPool, slot: LeasedSlot) -> None:
     await pool._parts.coordinator.abandon_hold(opened.grant)
 
 
+@covers("LeasedSlot.run")
 async def test_a_command_in_a_slot(manager: PoolManager) -> None:
     async def run() -> None:
         async with manager.lease("app", timeout=60) as slot:

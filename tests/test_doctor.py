@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
-from repopool_async import PoolConfig, PoolManager
+from repopool_async import PoolConfig, PoolManager, SlotStore
 
 
 def doctor(directory: Path, *arguments: str) -> tuple[int, str]:
@@ -63,6 +64,18 @@ async def test_it_tells_without_touching_and_mends_when_asked(pools: Path) -> No
     assert "fixed  recovered: workspace-web-slot1" in said
     assert "WRONG" not in said
     assert doctor(pools)[0] == 0
+
+
+async def test_a_pool_that_lacks_slots_is_told_and_completed(pools: Path) -> None:
+    record = await SlotStore(pools).load_pool("web")
+    await SlotStore(pools).save_pool(attrs.evolve(record, num_slots=3, is_complete=False))
+    status, said = doctor(pools)
+    assert status == 1
+    assert "WRONG  web: has 2 of 3 slots, and whoever was making the others died or could not" in said
+    status, said = doctor(pools, "--fix")
+    assert status == 0, said
+    assert "fixed  completing: web" in said
+    assert "web: 3 slots, 0 leased" in said
 
 
 async def test_what_cannot_be_mended_leaves_a_status(tmp_path: Path, origin: Path) -> None:

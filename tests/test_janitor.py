@@ -252,10 +252,11 @@ async def test_over_its_disk_limit_a_pool_frees_what_may_go_and_never_a_leased_s
 async def test_a_lease_that_is_too_long_is_taken_away(
     manager: PoolManager, told: Watcher, origin: Path, tmp_path: Path
 ) -> None:
-    await manager.create_pool("web", str(origin), max_lease_seconds=0.5)
+    await manager.create_pool("web", str(origin))
     slot = await manager.allocate_slot("web")
     assert slot is not None
     async with slot.open_process("sleep", "600") as process, asyncio.timeout(30):
+        await manager.create_pool("web", str(origin), max_lease_seconds=0.001)
         await slot.lost.wait()
         assert await process.wait() != 0
     assert (await told.first("lease.expired")).fields["lease_id"] == slot.lease_id
@@ -323,7 +324,7 @@ async def test_a_task_that_waits_for_itself_is_told_so(manager: PoolManager, ori
     await manager.create_pool("web", str(origin), fetch_max_age=3600)
     async with manager.lease("web") as slot:
         with pytest.raises(PoolTimeoutError, match="it waits for itself") as timed_out:
-            async with manager.lease("web", timeout=1):
+            async with manager.lease("web", timeout=0):
                 pass
     error = timed_out.value
     assert error.is_self_wait
@@ -349,7 +350,7 @@ async def test_another_tasks_lease_is_told_with_its_place_but_is_no_deadlock(
     holder = asyncio.get_running_loop().create_task(hold(), name="the other one")
     await began.wait()
     with pytest.raises(PoolTimeoutError, match=r"by task 'the other one'.*hold") as timed_out:
-        async with manager.lease("web", timeout=1):
+        async with manager.lease("web", timeout=0):
             pass
     assert not timed_out.value.is_self_wait
     told.set()

@@ -197,7 +197,7 @@ async def test_waiters_of_a_removed_pool_are_told_at_once(manager: PoolManager, 
                 await asyncio.sleep(0.001)
         file.write()
         await manager.reload()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             for outcome in await asyncio.gather(*waiters, return_exceptions=True):
                 assert isinstance(outcome, PoolNotFoundError)
 

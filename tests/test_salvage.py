@@ -581,8 +581,19 @@ async def test_restoring_into_a_slot_with_changes_makes_branches_only(manager: P
         assert set(restored.branches) == {"rescued", "rescued.side/way", "rescued.files", "rescued.stash-0"}
         assert (slot.path / "README.md").read_text() == "own work"
         assert contents(slot.path, "rescued.files", "untracked") == RAW
+        assert await manager.restore_salvage(record.salvage_id, slot, branch="rescued") == restored
+
+
+async def test_a_branch_with_other_work_is_never_moved_and_none_is_made_beside_it(
+    manager: PoolManager, pool: RepoPool
+) -> None:
+    record = await left_work(manager)
+    async with manager.lease("web", timeout=30) as slot:
+        git(slot.path, "branch", "rescued.side/way", slot.commit)
         with pytest.raises(CommandFailedError, match="already exists"):
             await manager.restore_salvage(record.salvage_id, slot, branch="rescued")
+        listing = git(slot.path, "for-each-ref", "--format=%(refname:short) %(objectname)", "refs/heads/")
+        assert listing.splitlines() == [f"main {slot.commit}", f"rescued.side/way {slot.commit}"]
 
 
 async def test_restoring_into_any_clone_makes_branches(
@@ -595,8 +606,9 @@ async def test_restoring_into_any_clone_makes_branches(
     assert contents(clone, f"{restored.branch}.files", "src/app.py") == RAW
     assert git(clone, "status", "--porcelain") == ""
     git(clone, "fsck", "--connectivity-only", "--no-dangling")
+    assert await manager.restore_salvage_into(record.salvage_id, clone) == restored
     with pytest.raises(SalvageError, match="already exists"):
-        await manager.restore_salvage_into(record.salvage_id, clone)
+        await manager.restore_salvage_into(record.salvage_id, clone, branch="main")
 
 
 async def test_what_was_restored_and_lost_again_is_saved_again(manager: PoolManager, pool: RepoPool) -> None:

@@ -384,6 +384,13 @@ def _forged_object(mirror: Path) -> None:
     overwrite(loose_object(mirror, blob), zlib.compress(b"blob 7\0forged\n"))
 
 
+async def test_a_look_at_a_slot_does_not_cost_its_next_cleaning_anything(manager: PoolManager, origin: Path) -> None:
+    await manager.create_pool("web", str(origin))
+    assert await manager.check() == {}
+    await lease_and_return(manager)
+    assert (await last_cleaning(manager)).steps == ("untouched",)
+
+
 @pytest.mark.parametrize("damage", [_truncated_pack, _flipped_bytes, _no_objects, *MIRROR_DAMAGE])
 async def test_check_finds_and_repairs_a_damaged_mirror_and_the_slots_on_it(
     manager: PoolManager, origin: Path, tmp_path: Path, damage: Callable[[Path], None]

@@ -26,6 +26,7 @@ from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState
 from repopool_async.pool_manager import PoolManager
+from repopool_async.pool_registry import name_lock
 from repopool_async.salvage import SALVAGE_LOCKS
 from repopool_async.slot_store import SlotStore
 
@@ -114,6 +115,9 @@ async def _examine_pool(store: SlotStore, locks: LockManager, name: str) -> Asyn
     busy = view.count(SlotState.ALLOCATED)
     drained = ", drained (removed from the configuration)" if view.pool.is_drained else ""
     yield Finding(f"{name}: {len(view.slots)} slots, {busy} leased{drained}")
+    if not (view.pool.is_complete or view.pool.is_drained or await locks.is_locked(name_lock(name))):
+        have = f"has {len(view.slots)} of {view.pool.num_slots} slots"
+        yield Finding(f"{name}: {have}, and whoever was making the others died or could not", is_wrong=True)
     for one in view.slots:
         slot = one.slot
         if one.is_orphaned:

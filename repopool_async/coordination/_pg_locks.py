@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import attrs
+
 from repopool_async._aio import Deadline
 from repopool_async._codec import CodecError, loads
 from repopool_async._identity import this_process
@@ -41,6 +43,11 @@ _RELEASE: Final = """
     UPDATE repopool.named_lock SET session_id = NULL, hold_id = NULL, owner = NULL
     WHERE name = $1 AND hold_id = $2
 """
+_LEAVE: Final = """
+    UPDATE repopool.named_lock SET session_id = gen_random_uuid(), hold_id = NULL
+    WHERE name = $1 AND hold_id = $2
+"""
+"""Gives a lock up as if its session had ended: to one that there is not."""
 _FORGET_STALE: Final = """
     WITH stale AS (
         SELECT l.name, l.owner::text AS owner, repopool.seconds_since(l.acquired_at) AS age
@@ -68,6 +75,11 @@ class PostgresLock:
         self._debt: Debt | None = debt
         self.token: Final = token
         self.was_left: Final = was_left
+
+    def leave(self) -> None:
+        """Have the next holder find `was_left`, though this one will release it."""
+        if self._debt is not None:
+            self._debt = attrs.evolve(self._debt, statement=_LEAVE)
 
     async def release(self) -> None:
         """Give the lock up; where the database does not answer, as soon as it does. A second call does nothing."""

@@ -122,11 +122,12 @@ class RemoteFiles:
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
         known: Known | None = None,
+        beside: str | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared, nothing is passed over."""
         if passed_over or known is not None:
             raise _not_there(root)
-        fresh = f"{root.rpartition('/')[0]}/.repopool-{uuid.uuid4().hex}"
+        fresh = temporary(beside or root)
         exact = await self._is_exact()
         answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh), "inspection")
         return read_inspection(answer, root, fresh, since_ns=since_ns, settled=settled, is_exact=exact)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import attrs
 
+from repopool_async._files import temporary_name
 from repopool_async._mounts import mounts_below
 from repopool_async._removal import open_up
 from repopool_async.hosts.base import Known, Settled, TreeInspection
@@ -43,13 +44,15 @@ def inspect_tree(
     settled: Settled | None = None,
     passed_over: Collection[str] = (),
     known: Known | None = None,
+    *,
+    beside: str | None = None,
 ) -> TreeInspection:
     """See `Host.inspect_tree`.
 
     What has too long a name is counted, and reported as its last directory whose name is not too long, in
     `changed_directories`.
     """
-    inspection = Inspection(root, since_ns, settled, frozenset(passed_over), known)
+    inspection = Inspection(root, since_ns, settled, frozenset(passed_over), known, beside=beside)
     inspection.enter(inspection.begin())
     return inspection.result()
 
@@ -92,6 +95,8 @@ class Inspection:
         settled: Settled | None,
         passed_over: frozenset[str] = frozenset(),
         known: Known | None = None,
+        *,
+        beside: str | None = None,
     ) -> None:
         self._found = _Found()
         self._root = root
@@ -102,6 +107,7 @@ class Inspection:
         self._device = 0
         self._mounted = frozenset(os.path.relpath(point, root) for point in mounts_below(root))
         self._to_compare: set[str] = set()
+        self._beside = beside or root
         self._fresh: Particulars | None = None
 
     def begin(self) -> list[str]:
@@ -328,7 +334,7 @@ class Inspection:
     def _compare(self, descriptor: int, name: str) -> None:
         """Note a directory that is not as a new one would be."""
         if self._fresh is None:
-            self._fresh = fresh_directory(os.path.dirname(self._root))
+            self._fresh = fresh_directory(os.path.dirname(self._beside))
         if particulars(descriptor) != self._fresh:
             self._found.irregular.append(name)
 
@@ -370,7 +376,7 @@ Particulars = tuple[int, int, int, int, tuple[tuple[str, bytes], ...]]
 
 def fresh_directory(parent: str) -> Particulars:
     """Say what a new directory is like: umask, default access lists, inherited groups and flags included."""
-    path = os.path.join(parent, f".repopool-{uuid.uuid4().hex}")
+    path = os.path.join(parent, temporary_name())
     os.mkdir(path)
     try:
         descriptor = os.open(path, _DIRECTORY)

@@ -216,8 +216,8 @@ class TreeInspection:
         multiply_linked: regular files with more than one link.
         unlocked: directories whose mode kept their owner out; they have been given `u+rwx`.
         mounts: what something is mounted on, never descended into.
-        irregular: changed directories, and the root as `.`, that are not as a new directory beside the root would be:
-            mode, owner, extended attributes, access lists, flags.
+        irregular: changed directories, and the root as `.`, that are not as a new directory beside it would be: mode,
+            owner, extended attributes, access lists, flags.
         unknown: what does not belong there, whenever it came; directories among it are not descended into, and what is
             in them is reported nowhere else, but for mounts.
         is_complete: whether all files that belong there are there.
@@ -460,6 +460,7 @@ class Host(Protocol):
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
         known: Known | None = None,
+        beside: str | None = None,
     ) -> TreeInspection:
         """Look at every inode of a tree once and make its directories accessible to their owner.
 
@@ -472,6 +473,8 @@ class Host(Protocol):
                 are reported of them too, whenever they came to be so. What has such a name and is no directory is
                 treated as any other.
             known: what belongs there; everything where missing. Not together with `passed_over`.
+            beside: what the new directory is made next to that `irregular` compares with; the root where missing. Who
+                looks at a part of a tree names the tree, so that nothing is made inside it.
 
         Raises:
             NotADirectoryError: the root is no directory, or a link.

@@ -13,6 +13,7 @@ import stat
 import weakref
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -238,13 +239,15 @@ class LocalHost:
         settled: Settled | None = None,
         passed_over: Collection[str] = (),
         known: Known | None = None,
+        beside: str | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`."""
         if since_ns is not None and known is not None and known.file_count >= _survey.MANY_FILES:
             surveyed = await _survey.inspect_tree(root, since_ns, settled, known)
             if surveyed is not None:
                 return surveyed
-        return await in_thread(_tree.inspect_tree, root, since_ns, settled, passed_over, known)
+        look = partial(_tree.inspect_tree, beside=beside)
+        return await in_thread(look, root, since_ns, settled, passed_over, known)
 
     async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:
         """See `Host.find_unknown`."""

@@ -246,7 +246,8 @@ class CloneWorkspace:
         try:
             await self._pristine.require_unchanged(slot)
             problems = await self._cleaner.differences(slot, tree=slot.path, commit=seal.commit)
-            own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns)
+            # A directory made in the tree would cost its next cleaning, and stay there where we are killed.
+            own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns, beside=slot.path)
             problems += [f"changed since the seal: .git/{name}" for name in own.changed]
             if self._own is not None:
                 problems += await self._own.find_damage(slot)

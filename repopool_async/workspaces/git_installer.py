@@ -112,7 +112,7 @@ class GitInstaller:
         """Return the packs in a sealed tree that nobody has touched since the seal."""
         assert slot.seal is not None
         objects = f"{slot.path}/.git/objects"
-        inspection = await self._host.inspect_tree(objects, since_ns=slot.seal.settled_ns)
+        inspection = await self._host.inspect_tree(objects, since_ns=slot.seal.settled_ns, beside=slot.path)
         if inspection.changed or inspection.changed_directories or inspection.special:
             return frozenset()
         return frozenset(await self._host.list_directory(f"{objects}/pack"))

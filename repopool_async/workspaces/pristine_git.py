@@ -83,7 +83,7 @@ class PristineGit:
             return
         git = SlotPaths(slot.path).git
         try:
-            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns)
+            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns, beside=slot.path)
             root = await self._host.stat(git)
         except OSError as error:
             raise CleanupError(f"{slot.slot_id}: {git} cannot be read: {error}", slot_id=slot.slot_id) from error

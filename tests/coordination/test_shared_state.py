@@ -131,6 +131,17 @@ async def test_a_lock_is_held_by_one_at_a_time(place: Place) -> None:
     assert not await first.is_locked("pool-web")
 
 
+async def test_who_leaves_something_half_done_tells_the_next_holder(place: Place) -> None:
+    first, second = await place.locks(), await place.locks()
+    async with first.acquire_slot_lock("mirror-web") as held:
+        held.leave()
+    assert not await second.is_locked("mirror-web")
+    async with second.acquire_slot_lock("mirror-web", timeout=0) as held:
+        assert held.was_left
+    async with first.acquire_slot_lock("mirror-web", timeout=0) as held:
+        assert not held.was_left
+
+
 async def test_who_waits_for_a_lock_gets_it(place: Place) -> None:
     first, second = await place.locks(), await place.locks()
     order: list[str] = []

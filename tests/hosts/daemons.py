@@ -30,7 +30,7 @@ class Daemons:
         self.name = f"REPOPOOL_TEST_{uuid.uuid4().hex}"
         self.mark = f"{self.name}=lease"
         self._host = host
-        self._started: list[int] = []
+        self._started: list[tuple[int, int | None]] = []
 
     async def start(self, script: str, *, value: str | None = "lease", cwd: Path | None = None) -> int:
         """Start a script, which goes on after a command `ready` of its own; return its pid."""
@@ -38,13 +38,15 @@ class Daemons:
         outer = 'pid=$(setsid -f sh -c "$1" </dev/null 2>/dev/null); echo $pid'
         inner = script.replace("ready", "echo $$; exec >/dev/null")
         result = await self._host.run(["sh", "-c", outer, "sh", inner], env=env, cwd=None if cwd is None else str(cwd))
-        self._started.append(int(result.stdout))
+        pid = int(result.stdout)
+        self._started.append((pid, process_start_time(pid)))
         if script.endswith(f"exec sleep {FOREVER}"):
-            await until(lambda: Path(f"/proc/{self._started[-1]}/comm").read_text() != "sh\n")
-        return self._started[-1]
+            await until(lambda: Path(f"/proc/{pid}/comm").read_text() != "sh\n")
+        return pid
 
     def running(self) -> list[int]:
-        return [pid for pid in self._started if process_start_time(pid) is not None]
+        """Return the pids of those that still run; of one that is gone somebody else may have the number."""
+        return [pid for pid, began in self._started if began is not None and process_start_time(pid) == began]
 
     def close(self) -> None:
         for pid in self.running():

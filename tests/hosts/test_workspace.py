@@ -115,7 +115,9 @@ async def test_a_tree_is_made_used_and_cleaned(
     await workspace.provision(pool.slot, main)
     slot = await sealed(pool.slot, main)
     same_as_a_clone("main")
+    made = tree.stat().st_ctime_ns
     assert await workspace.verify(slot) == []
+    assert tree.stat().st_ctime_ns == made  # looking changes nothing, or the next cleaning would look at all of it
     assert (await workspace.prepare(slot, main)).warm
 
     contaminate(tree, outside)

@@ -196,7 +196,7 @@ async def test_a_disk_that_is_full_before_a_lease(disk: Disk, origin: Path, room
         await manager.create_pool("app", str(origin), num_slots=2)
         disk.fill(but=room)
         with failing_only_for_want_of_room():
-            async with manager.lease("app", ref=ref, timeout=10) as slot:
+            async with manager.lease("app", ref=ref, timeout=60) as slot:
                 assert slot.branch == ref
         await manager.wait_clean()
         disk.free()
