@@ -114,9 +114,11 @@ async def require_current(database: Database) -> None:
 
 
 async def _status(connection: Connection) -> SchemaStatus:
+    # Not to_regclass: it looks nothing up anew, and would not see what was made while the lock was waited for.
     row: Any = await connection.fetchrow(
-        "SELECT to_regclass('repopool.migration') IS NOT NULL AS has_table, pg_is_in_recovery() AS is_standby, "
-        "current_setting('server_version') AS server"
+        "SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE n.nspname = 'repopool' AND c.relname = 'migration') AS has_table, "
+        "pg_is_in_recovery() AS is_standby, current_setting('server_version') AS server"
     )
     version = 0
     if row["has_table"]:

@@ -49,6 +49,20 @@ async def test_a_missing_schema_is_refused_made_once_and_then_accepted(empty: st
         assert await coordinator.list_slots("nothing") == []
 
 
+async def test_those_who_wait_for_another_migrating_see_what_it_made(empty: str, database: Database) -> None:
+    """Each has looked before, and remembers that there was nothing."""
+    others = [Database(empty) for _ in range(8)]
+    for other in others:
+        await other.open()
+        await status(other)
+    try:
+        applied = await asyncio.gather(*(migrate(one) for one in (database, *others)))
+    finally:
+        for other in others:
+            await other.close()
+    assert len([names for names in applied if names]) == 1
+
+
 async def test_a_newer_schema_is_refused_and_left_alone(empty: str, database: Database) -> None:
     await migrate(database)
     await database.execute("age it", "INSERT INTO repopool.migration (number, name) VALUES (999, 'from the future')")
