@@ -298,8 +298,8 @@ class RepoPool:
                 repo_name=self.name,
             )
         self.refuse()
-        stored = await self._parts.store.load_pool(self.name)
-        await self._parts.store.save_pool(attrs.evolve(stored, is_complete=False))
+        stored = await self._parts.records.load_pool(self.name)
+        await self._parts.records.save_pool(attrs.evolve(stored, is_complete=False))
         for slot in leased:
             await self._parts.coordinator.force_unlock(slot.slot_id)
         await self.watch.notice_lost()
@@ -316,4 +316,4 @@ class RepoPool:
             PoolNotFoundError: there is none.
         """
         await self.keeper.chores.erase()
-        await self._parts.store.delete_pool(self.name)
+        await self._parts.records.delete_pool(self.name)

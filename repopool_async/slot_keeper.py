@@ -22,6 +22,7 @@ from repopool_async.coordination.base import Hold
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
+    CoordinatorUnavailableError,
     GitOperationError,
     HostUnreachableError,
     LeaseLostError,
@@ -124,7 +125,7 @@ class SlotKeeper:
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            if is_passing(error) or isinstance(error, HostUnreachableError):
+            if is_passing(error) or isinstance(error, HostUnreachableError | CoordinatorUnavailableError):
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
@@ -167,11 +168,13 @@ class SlotKeeper:
 
     async def _watch(self, hold: Hold, limit: asyncio.Timeout) -> None:
         held = Hold(hold.slot, hold.token, hold.lock)  # no longer a lease, which a grant is asked for
+        coordinator = self._pool.parts.coordinator
         while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            if not await self._pool.parts.coordinator.is_held(held):
-                limit.reschedule(0)
-                return
+            await asyncio.sleep(max(_WATCH_SECONDS, coordinator.poll_seconds[0]))
+            with suppress(CoordinatorUnavailableError):  # whoever takes it away meanwhile has to enter it on its host
+                if not await coordinator.is_held(held):
+                    limit.reschedule(0)
+                    return
 
     async def interrupt(self, slot_id: str) -> None:
         """End this process's cleaning of a slot that was taken away."""
@@ -302,7 +305,7 @@ class SlotKeeper:
         """
         found = await self.chores.check_mirrors()
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            problems = await self._check_slot(slot.slot_id)
+            problems = [] if self._pool.hosts.is_out(slot.host_id) else await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
@@ -326,7 +329,7 @@ class SlotKeeper:
     async def drain(self) -> None:
         """Make the trees of all unleased slots anew."""
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            if slot.state is not SlotState.ALLOCATED:
+            if slot.state is not SlotState.ALLOCATED and not self._pool.hosts.is_out(slot.host_id):
                 with suppress(SlotInUseError, SlotNotFoundError):  # it has just been leased or removed
                     await self.repair_slot(slot.slot_id)
 
@@ -425,6 +428,8 @@ class SlotKeeper:
         """
         dropped = []
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
+            if self._pool.hosts.is_out(slot.host_id):
+                continue
             hold = await self._take(slot.slot_id, SlotState.ERROR)
             if hold is None:
                 continue
