@@ -214,11 +214,18 @@ class Acquirer:
 
     async def _claim_when_free(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
         """Wait for other processes' releases (our own wake us), in order of the processes' tickets."""
+        while True:
+            grant = await self._claim_while_hosts_stay(attempt, resolved)
+            if grant is not None:
+                return grant
+
+    async def _claim_while_hosts_stay(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
+        """Wait with one ticket; None where other hosts can be used now than when it was drawn: it excludes the rest."""
         coordinator, changed = self._pool.parts.coordinator, self._pool.changed
         delay, longest = coordinator.poll_seconds
         want = Want(self._pool.name, **self._asked(attempt, resolved))
         async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
-            while True:
+            while self._pool.hosts.unusable == want.exclude_hosts:
                 self._refuse_if_closing()
                 changed.clear()
                 grant = await ticket.claim()
@@ -227,6 +234,7 @@ class Acquirer:
                 await self._look_around(attempt)
                 await self._wait_for_change(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                 delay = min(delay * 2, longest)
+        return None
 
     async def _claim(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
         asked = self._asked(attempt, resolved)

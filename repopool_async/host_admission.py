@@ -128,11 +128,13 @@ class DatabaseAdmission:
                 f"the database; call it {other.name} here too",
                 key="hosts",
             )
+        is_own = name == LOCAL_HOST
+        remedy = f"write {other.place} into {path}" if is_own else f"use `repopool hosts remove --force {name}`"
         raise ConfigError(
             f"host {name}: for the other managers of the database that is another directory ({other.described}); where "
             f"there are several manager machines, give each machine one name under hosts of all configurations "
-            f"(address: local on itself) and have pools choose it. If it is the same machine and its directory was "
-            f"emptied, write {other.place} into {path}",
+            f"(address: local on itself) and have pools choose it. If only the directory was emptied, or the machine "
+            f"replaced, {remedy}",
             key="hosts",
         )
 

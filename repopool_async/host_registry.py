@@ -90,7 +90,7 @@ class HostRegistry:
         self._make = make
         self.session: Final = new_lease_id()
         self._admission = admission
-        self._admitted: set[str] = set()
+        self._admitted: dict[str, HostSpec] = {}
         self._refused: dict[str, tuple[HostState, float]] = {}
         self._silent: dict[str, HostState] = {}
         self._expected: set[str] = set()
@@ -198,7 +198,10 @@ class HostRegistry:
         """Whether nothing is to be done on a host now: it is parked, has just failed to answer, or is not ours yet."""
         if host_id in self._suspects or host_id not in self.specs or self.state(host_id).condition.is_out:
             return True
-        return self.is_shared and host_id not in self._admitted
+        return self.is_shared and not self._is_admitted(host_id)
+
+    def _is_admitted(self, host_id: str) -> bool:
+        return self._admitted.get(host_id) == self.specs.get(host_id)  # by its name it may be another by now
 
     def is_out_for_all(self, host_id: str) -> bool:
         """Whether a host is out of use for every manager."""
@@ -281,10 +284,15 @@ class HostRegistry:
     async def forget(self, host_id: str) -> None:
         """Forget an added host, and any host's condition; nothing of any pool is there any more."""
         await self._states.change(host_id, lambda _: None)
-        await self._admission.forget(host_id)
-        self._admitted.discard(host_id)
+        await self.forget_place(host_id)
         await self.refresh()
         self._emit("host.removed", {"host_id": host_id})
+
+    async def forget_place(self, host_id: str) -> None:
+        """Let a host's name mean another directory from now on; nothing of any pool is there any more."""
+        await self._admission.forget(host_id)
+        self._admitted.pop(host_id, None)
+        self._refused.pop(host_id, None)
 
     # -- when one does not answer --------------------------------------------------------------------------------
 
@@ -327,6 +335,7 @@ class HostRegistry:
         self._silent[host_id] = HostState(HostCondition.UNREACHABLE, failure)
         self._emit(_EVENTS[HostCondition.UNREACHABLE], {"host_id": host_id, "reason": failure})
         self._look_at_all()
+        self.on_change()  # it was unusable before, for being suspect
 
     async def answers_again(self, host_id: str) -> None:
         """Use a host again that had not answered."""
@@ -389,14 +398,14 @@ class HostRegistry:
 
         Raises as `Admission.admit`.
         """
-        if host_id in self._admitted or (host_id == LOCAL_HOST and not self.is_shared):
+        if self._is_admitted(host_id) or (host_id == LOCAL_HOST and not self.is_shared):
             return
         machine = self.machine(host_id)
         source = self.mirror_source(machine)
         if source is not None:
             await self.admit(source.spec.name)
         await self._admission.admit(host_id, machine.host, machine.layout.workspaces_directory)
-        self._admitted.add(host_id)
+        self._admitted[host_id] = machine.spec
 
     async def require_admitted(self, host_ids: Iterable[str]) -> None:
         """Wait until it is known of each host whether it may be used, and raise why one may not.
@@ -442,7 +451,7 @@ class HostRegistry:
             refused = self._refused.get(host_id)
             if refused is not None and boottime() >= refused[1] + _REFUSED_SECONDS:
                 del self._refused[host_id]
-            is_known = host_id in self._admitted | self._suspects or self.state(host_id).condition.is_out
+            is_known = self._is_admitted(host_id) or host_id in self._suspects or self.state(host_id).condition.is_out
             is_wanted = host_id != LOCAL_HOST or host_id in self._expected  # not every manager has slots of its own
             if is_wanted and not is_known:
                 self._suspects.add(host_id)

@@ -116,7 +116,8 @@ class HostVerbs:
         for slots in await self._slots_by_pool():
             await self._empty(name, [slot for slot in slots if slot.host_id == name], force=force)
         if name in self._shared.config.hosts:
-            await hosts.change(name, HostCondition.DRAINING, "removed; take it out of the configuration")
+            await hosts.change(name, HostCondition.DRAINING, "removed; take it out of the configuration, or resume it")
+            await hosts.forget_place(name)
         else:
             await hosts.forget(name)
 

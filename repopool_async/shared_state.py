@@ -140,4 +140,4 @@ class SharedHosts(Protocol):
         """
 
     async def forget(self, name: str) -> None:
-        """Have a name of which nothing is recorded mean no directory any more."""
+        """Have a name mean no directory any more."""

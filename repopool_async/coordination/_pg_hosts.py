@@ -77,5 +77,7 @@ class PostgresHosts:
     async def forget(self, name: str) -> None:
         """See `SharedHosts.forget`."""
         await self._link.database.execute(
-            f"forget host {name}", "DELETE FROM repopool.host WHERE name = $1 AND record IS NULL", name
+            f"forget where host {name} is",
+            "UPDATE repopool.host SET place = NULL, described = NULL WHERE name = $1",
+            name,
         )

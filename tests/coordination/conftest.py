@@ -22,7 +22,7 @@ from tests._postgres import Server
 from tests._workers import REPO, make_slot, settle
 
 DATABASE = "shared"
-TABLES = ("waiter", "slot", "pool", "history", "named_lock", "session", "incarnation")
+TABLES = ("waiter", "slot", "pool", "history", "named_lock", "session", "incarnation", "host")
 Events = list[tuple[str, dict[str, object]]]
 
 
