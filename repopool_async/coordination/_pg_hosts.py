@@ -38,7 +38,8 @@ class PostgresHosts:
     async def records(self) -> dict[str, str]:
         """See `SharedHosts.records`."""
         rows = await self._link.database.fetch(
-            "look at the hosts", "SELECT name, record::text AS record FROM repopool.host WHERE record IS NOT NULL"
+            "look at the hosts",
+            "SELECT name, record::text AS record FROM repopool.host WHERE record IS NOT NULL ORDER BY name",
         )
         return {row["name"]: row["record"] for row in rows}
 
