@@ -7,17 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import attrs
 import pytest
 
 from repopool_async import (
     ConfigError,
     CoordinatorUnavailableError,
+    FencedError,
     HostSpec,
     HostUnreachableError,
     LeaseLostError,
@@ -25,54 +23,18 @@ from repopool_async import (
     PoolConfig,
     PoolManager,
     PoolTimeoutError,
+    SshHost,
     StoreError,
 )
 from repopool_async.config_coordination import Coordination
-from tests._managers import Nursery, Process, Refused, nursery
+from repopool_async.hosts._ssh_connection import SshOptions
 from tests._postgres import Proxy, Server, eventually
 from tests._switched import SwitchedHost
-from tests.coordination.conftest import DATABASE, PostgresPlace
+from tests.coordination.conftest import DATABASE, TAKEOVER_SECONDS, Fleet
+from tests.hosts import sshd
 from tests.test_janitor import Watcher
 
 ROOT = Path(__file__).parents[2]
-TTL = 2.0
-TAKEOVER_SECONDS = 30.0
-
-
-@attrs.define
-class Fleet:
-    """Two hosts, one database, and as many managers as a test wants; they are closed afterwards."""
-
-    directory: Path
-    dsn: str
-    stack: AsyncExitStack
-
-    def config(self, number: int, **options: Any) -> PoolConfig:
-        coordination = Coordination(dsn=options.pop("dsn", self.dsn), session_ttl=options.pop("ttl", TTL))
-        options = {"janitor_interval": 3600, "close_timeout": 5, **options}
-        return PoolConfig(self.directory / f"manager{number}", coordination=coordination, **options)
-
-    def hosts(self, **switched: SwitchedHost) -> list[HostSpec]:
-        return [
-            HostSpec(name, address="local", workspaces_dir=str(self.directory / name), host=switched.get(name))
-            for name in ("a", "b")
-        ]
-
-    async def manager(self, number: int, hosts: list[HostSpec] | None = None, **options: Any) -> PoolManager:
-        manager = PoolManager(self.config(number, **options), hosts=self.hosts() if hosts is None else hosts)
-        return await self.stack.enter_async_context(manager)
-
-
-@pytest.fixture
-async def fleet(postgres: PostgresPlace, tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with AsyncExitStack() as stack:
-        yield Fleet(tmp_path, postgres.dsn, stack)
-
-
-@pytest.fixture
-async def own_fleet(own_server: Server, tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with AsyncExitStack() as stack:
-        yield Fleet(tmp_path, own_server.dsn(DATABASE), stack)
 
 
 def crash(server: Server) -> None:
@@ -195,6 +157,7 @@ async def test_a_host_that_one_manager_cannot_reach_is_used_by_the_other(fleet: 
     one, two = await fleet.manager(1), await fleet.manager(2, fleet.hosts(a=switched))
     await one.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"], fetch_on_allocate=False)
     await one.drain_host("b")
+    assert await condition(two, "b") == "draining"
     others = await two.allocate_slot("web", timeout=30)
     await one.resume_host("b")
     mine = await one.allocate_slot("web", timeout=30)
@@ -224,6 +187,39 @@ async def test_a_host_that_one_manager_cannot_reach_is_used_by_the_other(fleet: 
     again = await two.allocate_slot("web", timeout=60)
     assert again is not None
     assert again.host_id == "a"
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
+    with sshd.asyncssh_server(sshd.Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+        yield server
+
+
+async def test_managers_share_a_host_over_ssh_and_it_refuses_the_one_that_was_robbed(
+    fleet: Fleet, ssh: sshd.Server, origin: Path, tmp_path: Path
+) -> None:
+    there = str(tmp_path / "there")
+    managers = []
+    for number in (1, 2):
+        host = SshHost("box", options=SshOptions(config=(str(ssh.config),)), sessions_directory=f"{there}/.sessions")
+        await fleet.stack.enter_async_context(host)
+        managers.append(await fleet.manager(number, [HostSpec("box", workspaces_dir=there, host=host)]))
+    one, two = managers
+    await one.create_pool("web", str(origin), num_slots=1, hosts=["box"])
+    slot = await one.allocate_slot("web")
+    assert slot is not None
+    async with slot.open_process("sh", "-c", "echo $$; exec sleep 300") as process:
+        pid = int(await process.read())
+        await two.force_unlock(slot.slot_id)
+        taken = await two.allocate_slot("web", timeout=60)
+        assert taken is not None
+        assert await process.wait() != 0
+    assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(FencedError):
+        await slot.run("true")
+    async with asyncio.timeout(TAKEOVER_SECONDS):
+        await slot.lost.wait()
+    assert (await taken.run("git", "rev-parse", "HEAD")).text.strip() == taken.commit
 
 
 # -- what a name means -------------------------------------------------------------------------------------------
@@ -391,105 +387,3 @@ async def test_the_example_of_a_fleet_runs_with_a_database(fleet: Fleet, origin:
         assert done.returncode == 0, done.stderr
         assert "first: parked, 0 of 2 slots available" in done.stdout
         assert done.stdout.count("Change CHANGES.md") == 3
-
-
-# -- processes ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spawn(fleet: Fleet, origin: Path) -> Iterator[Callable[[int], Process]]:
-    """Start the manager of a number in a process of its own."""
-    with nursery(fleet.directory) as made:
-        yield lambda number: _spawn(made, fleet, number)
-
-
-def _spawn(made: Nursery, fleet: Fleet, number: int) -> Process:
-    made.directory = fleet.directory / f"process{number}"
-    made.directory.mkdir(exist_ok=True)
-    made.set_clock(0.0)
-    made.directory.joinpath("pools.yaml").write_text(
-        json.dumps(
-            {
-                "workspaces_dir": "pools",
-                "coordination": {"type": "postgres", "dsn": fleet.dsn, "session_ttl": TTL},
-                "hosts": {n: {"address": "local", "workspaces_dir": str(fleet.directory / n)} for n in ("a", "b")},
-                "watch": "never",
-            }
-        )
-    )
-    return made.spawn(follows_file=True)
-
-
-async def call(process: Process, verb: str, **arguments: Any) -> Any:
-    return await asyncio.to_thread(process.call, verb, **arguments)
-
-
-async def test_two_processes_never_have_a_slot_at_the_same_time(
-    spawn: Callable[[int], Process], origin: Path, tmp_path: Path
-) -> None:
-    one, two = await asyncio.to_thread(spawn, 1), await asyncio.to_thread(spawn, 2)
-    await call(one, "create", url=str(origin), num_slots=3, hosts=["a", "b"])
-    (marks := tmp_path / "marks").mkdir()
-    work = {"times": 4, "at_once": 3, "marks": str(marks)}
-    twice = await asyncio.gather(*[call(process, "lease_often", **work) for process in (one, two)])
-    assert twice == [0, 0]
-    assert os.listdir(marks) == []
-    slots = await call(two, "slots")
-    assert sum(token for _, token in slots.values()) >= 24
-
-
-async def test_a_killed_managers_slots_come_back_through_the_other(
-    spawn: Callable[[int], Process], origin: Path
-) -> None:
-    one, two = await asyncio.to_thread(spawn, 1), await asyncio.to_thread(spawn, 2)
-    await call(one, "create", url=str(origin), num_slots=2, hosts=["a", "b"])
-    leases = [await call(one, "allocate", timeout=0, ttl=None) for _ in range(2)]
-    await call(one, "run", lease_id=leases[0]["lease_id"], argv=["sh", "-c", "echo work >unpushed.txt"])
-    assert await call(two, "allocate", timeout=0, ttl=None) is None
-    one.kill()
-    again = [await call(two, "allocate", timeout=TAKEOVER_SECONDS, ttl=None) for _ in range(2)]
-    assert {lease["slot_id"] for lease in again} == {lease["slot_id"] for lease in leases}
-    tokens = {lease["slot_id"]: lease["token"] for lease in leases}
-    assert all(lease["token"] > tokens[lease["slot_id"]] for lease in again)
-    for lease in again:
-        assert await call(two, "run", lease_id=lease["lease_id"], argv=["git", "status", "--porcelain"]) == ""
-    assert leases[0]["lease_id"] in await call(two, "salvaged")
-
-
-async def test_a_manager_that_was_stopped_finds_its_leases_lost_and_its_commands_refused(
-    spawn: Callable[[int], Process], origin: Path
-) -> None:
-    one, two = await asyncio.to_thread(spawn, 1), await asyncio.to_thread(spawn, 2)
-    await call(one, "create", url=str(origin), num_slots=1, hosts=["a"])
-    lease = await call(one, "allocate", timeout=0, ttl=None)
-    with _stopped(one):
-        again = await call(two, "allocate", timeout=TAKEOVER_SECONDS, ttl=None)
-        assert again["slot_id"] == lease["slot_id"]
-    with pytest.raises(Refused, match=r"FencedError|LeaseLostError"):
-        await call(one, "run", lease_id=lease["lease_id"], argv=["true"])
-    await eventually(lambda: call(one, "is_lost", lease_id=lease["lease_id"]), TAKEOVER_SECONDS)
-    assert one.outcome("release", lease_id=lease["lease_id"]) == "LeaseLostError"
-    assert await call(two, "run", lease_id=again["lease_id"], argv=["echo", "mine"]) == "mine\n"
-    await call(two, "release", lease_id=again["lease_id"])
-    assert await call(one, "allocate", timeout=TAKEOVER_SECONDS, ttl=None) is not None
-
-
-@contextmanager
-def _stopped(process: Process) -> Iterator[None]:
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
-
-
-async def test_a_host_drained_in_one_process_is_seen_in_the_other(
-    spawn: Callable[[int], Process], origin: Path
-) -> None:
-    one, two = await asyncio.to_thread(spawn, 1), await asyncio.to_thread(spawn, 2)
-    await call(one, "create", url=str(origin), num_slots=2, hosts=["a", "b"])
-    await call(one, "drain_host", name="a")
-    assert (await call(two, "hosts"))["a"] == "draining"
-    lease = await call(two, "allocate", timeout=0, ttl=None)
-    assert lease["host_id"] == "b"
-    assert await call(two, "allocate", timeout=0, ttl=None) is None
