@@ -6,9 +6,10 @@ business, what preparing one takes the cleaner's.
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final, NoReturn
+from functools import partial
+from typing import Any, Final, NoReturn, TypeVar
 
 import attrs
 
@@ -44,6 +45,8 @@ from repopool_async.releasing import Releaser
 from repopool_async.slot_keeper import SlotKeeper
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
+
+T = TypeVar("T")
 
 _STALE_WAIT_SECONDS: Final = 1.0
 """After waiting longer than this for a slot, the remote is asked again, so that a lessee gets what is new by then."""
@@ -130,14 +133,14 @@ class Acquirer:
             raise await self._timed_out(attempt) from None
 
     async def _try(self, attempt: _Attempt) -> OpenLease:
-        resolved = await self._resolve(attempt)
+        resolved = await self._patiently(attempt, partial(self._resolve, attempt))
         while True:
             attempt.phase = "queue"
             grant = await self._claim_in_turn(attempt, resolved)
             try:
                 attempt.phase = "fetch"
                 if boottime() - attempt.started > _STALE_WAIT_SECONDS:
-                    resolved = await self._resolve(attempt)
+                    resolved = await self._patiently(attempt, partial(self._resolve, attempt))
                 attempt.phase = "checkout"
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
@@ -189,18 +192,22 @@ class Acquirer:
     async def _claim_in_turn(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
         self._refuse_if_too_many()
         async with self._deadlocks.noted_as_waiting(), self._queue.turn(attempt.priority):
-            while True:
-                try:
-                    grant = await self._claim_or_wait(attempt, resolved)
-                except CoordinatorUnavailableError as error:
-                    if attempt.timeout == 0:
-                        raise
-                    attempt.unavailable = error
-                else:
-                    attempt.unavailable = None
-                    return grant
-                self._refuse_if_closing()
-                await asyncio.sleep(_AGAIN_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            return await self._patiently(attempt, partial(self._claim_or_wait, attempt, resolved))
+
+    async def _patiently(self, attempt: _Attempt, step: Callable[[], Awaitable[T]]) -> T:
+        """Take a step, again and again while the coordinator does not answer and the attempt may wait."""
+        while True:
+            try:
+                result = await step()
+            except CoordinatorUnavailableError as error:
+                if attempt.timeout == 0:
+                    raise
+                attempt.unavailable = error
+            else:
+                attempt.unavailable = None
+                return result
+            self._refuse_if_closing()
+            await asyncio.sleep(_AGAIN_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
     async def _claim_or_wait(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
         grant = await self._claim(attempt, resolved)

@@ -157,6 +157,7 @@ class Janitor:
                 await self._warn_of_long_leases(pool)
                 report.expired += await self._end_too_long_leases(pool)
                 report.removed += await self._remove_left_overs(pool)
+                report.removed += await pool.keeper.chores.discard_strays()
                 if await self._keep_to_disk_limit(pool, is_asked=is_asked):
                     report.over_limit.append(pool.name)
                 report.repairing += await self._repair_damaged(pool, is_asked=is_asked)
@@ -196,9 +197,15 @@ class Janitor:
     async def _remove_left_overs(self, pool: RepoPool) -> list[str]:
         """Delete abandoned temporary files and trees, and records set aside long ago."""
         removed = []
-        for left_over in await in_thread(left_overs, self._workspaces_dir, pool.name):
+        found = await in_thread(left_overs, self._workspaces_dir, pool.name)
+        taken = await pool.keeper.taken_among(
+            {left_over.lock_id for left_over in found if left_over.lock_id is not None}
+        )
+        for left_over in found:
             if left_over.lock_id is None:
                 removed += await self._remove(left_over)
+                continue
+            if left_over.lock_id in taken:
                 continue
             held = await self._locks.try_acquire(left_over.lock_id)
             if held is None:

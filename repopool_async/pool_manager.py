@@ -158,7 +158,9 @@ class PoolManager(HostVerbs):
 
         Raises:
             PlatformNotSupportedError: this machine cannot run the pool, and why. StoreError: the directory cannot be
-            used. ManagerClosedError: it was opened before.
+            used, or the database refuses or lacks the schema (`repopool db migrate`). CoordinatorUnavailableError: the
+            database cannot be used now. ConfigError: the directory is another manager's. ManagerClosedError: it was
+            opened before.
         """
         await self._lifecycle.open()
 

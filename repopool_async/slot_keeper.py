@@ -8,7 +8,7 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final
@@ -309,6 +309,10 @@ class SlotKeeper:
             if problems:
                 found[slot.slot_id] = problems
         return found
+
+    async def taken_among(self, slot_ids: Collection[str]) -> set[str]:
+        """Return those of the slots that somebody alive works on, or has leased."""
+        return await self._pool.parts.coordinator.taken_among(slot_ids)
 
     async def _check_slot(self, slot_id: str) -> list[str]:
         hold = await self._take(slot_id, SlotState.AVAILABLE)

@@ -317,7 +317,7 @@ async def test_leases_outlast_a_crash_of_the_database_and_who_waits_goes_on_wait
     own_fleet: Fleet, own_server: Server, origin: Path
 ) -> None:
     one, two = await own_fleet.manager(1), await own_fleet.manager(2)
-    await one.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"], fetch_on_allocate=False)
+    await one.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
     mine, others = await one.allocate_slot("web"), await two.allocate_slot("web")
     assert mine is not None
     assert others is not None
@@ -350,7 +350,7 @@ async def test_who_waits_is_told_in_time_that_the_database_does_not_answer(
     own_fleet: Fleet, own_server: Server, origin: Path
 ) -> None:
     one = await own_fleet.manager(1)
-    await one.create_pool("web", str(origin), num_slots=1, hosts=["a"], fetch_on_allocate=False)
+    await one.create_pool("web", str(origin), num_slots=1, hosts=["a"])
     crash(own_server)
     with pytest.raises(PoolTimeoutError, match=r"the database .* (cannot be used now|has not confirmed)"):
         async with one.lease("web", timeout=1.5):
