@@ -12,8 +12,6 @@ import pytest
 from repopool_async import HostSpec, PoolConfig, PoolManager
 from repopool_async._clock import boottime, now
 from repopool_async.config_coordination import Coordination
-from repopool_async.coordination._pg_database import Database
-from repopool_async.coordination._pg_migrations import migrate
 from repopool_async.coordination.base import Coordinator
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.coordination.postgres import PostgresCoordinator
@@ -155,7 +153,7 @@ def cluster() -> Iterator[Server]:
     made = Server.make()
     try:
         made.start()
-        asyncio.run(_make_database(made))
+        asyncio.run(made.make_database(DATABASE))
         made.stop()
         yield made
     finally:
@@ -181,16 +179,6 @@ def _copy(cluster: Server) -> Iterator[Server]:
         yield made
     finally:
         made.remove()
-
-
-async def _make_database(server: Server) -> None:
-    async with server.admin() as connection:
-        await connection.execute("CREATE ROLE repopool LOGIN")
-        await connection.execute(f"CREATE DATABASE {DATABASE} OWNER repopool")
-    database = Database(server.dsn(DATABASE))
-    await database.open()
-    await migrate(database)
-    await database.close()
 
 
 @pytest.fixture
