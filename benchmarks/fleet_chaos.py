@@ -64,18 +64,18 @@ class Member:
         assert self.process is not None
         self.process.send_signal(number)
 
-    async def end(self, number: signal.Signals, seconds: float) -> bool:
-        """End it, by force where it takes longer; returns whether it ended by itself, in good order."""
+    async def end(self, number: signal.Signals, seconds: float) -> int | None:
+        """End it, by force where it takes longer; returns its exit status, None where it had to be forced."""
         assert self.process is not None
         if self.process.returncode is None:
             self.process.send_signal(number)
         try:
             async with asyncio.timeout(seconds):
-                return await self.process.wait() == 0
+                return await self.process.wait()
         except TimeoutError:
             self.process.kill()
             await self.process.wait()
-            return False
+            return None
 
 
 @attrs.define(eq=False)
@@ -179,9 +179,9 @@ async def measure(options: argparse.Namespace, root: Path) -> tuple[Findings, Fl
             endings = await asyncio.gather(*[member.end(signal.SIGTERM, RECOVERY_SECONDS) for member in members])
         finally:
             await asyncio.gather(*[member.end(signal.SIGKILL, 10) for member in members])
-        for member, ended_well in zip(members, endings, strict=True):
-            if not ended_well:
-                findings.errors.append(f"{member.settings.stem} did not end in good order when asked to")
+        for member, status in zip(members, endings, strict=True):
+            if status not in (0, -signal.SIGTERM):  # the latter where it had not begun yet
+                findings.errors.append(f"{member.settings.stem} did not end in good order when asked to: {status}")
         at_once = await _judge(root, fleet, findings, options.slots)
         findings.kills = fleet.done["kill"]
         findings.take_accusations(root)

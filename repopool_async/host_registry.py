@@ -406,6 +406,7 @@ class HostRegistry:
             await self.admit(source.spec.name)
         await self._admission.admit(host_id, machine.host, machine.layout.workspaces_directory)
         self._admitted[host_id] = machine.spec
+        self._refused.pop(host_id, None)
 
     async def require_admitted(self, host_ids: Iterable[str]) -> None:
         """Wait until it is known of each host whether it may be used, and raise why one may not.

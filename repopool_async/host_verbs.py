@@ -30,6 +30,8 @@ class HostVerbs:
         self._require_open()
         hosts = self._shared.hosts
         await hosts.refresh()
+        if hosts.is_shared:  # what they are to this manager it may be about to see
+            await hosts.settled()
         slots = [slot for one in await self._slots_by_pool() for slot in one]
         return [_status(spec, hosts.state(name), slots) for name, spec in hosts.specs.items()]
 

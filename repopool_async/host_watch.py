@@ -7,7 +7,7 @@ themselves. Which condition means what is `host_registry`'s business.
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Final
 
@@ -58,7 +58,8 @@ class HostWatch:
         """Begin to watch."""
         self._hosts.on_change = self._changed.set
         self._changed.set()
-        self._tasks.spawn(self._look_for_ever(), name="look")
+        self._tasks.spawn(self._each_second(self._hosts.refresh), name="look")
+        self._tasks.spawn(self._each_second(self._ask_silent_ones), name="ask")
         self._tasks.spawn(self._follow_for_ever(), name="follow")
         self._tasks.spawn(self._beat_for_ever(), name="beat")
 
@@ -66,11 +67,10 @@ class HostWatch:
         """End it."""
         await self._tasks.cancel()
 
-    async def _look_for_ever(self) -> None:
+    async def _each_second(self, step: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
-                await self._hosts.refresh()
-                await self._ask_silent_ones()
+                await step()
             except CoordinatorUnavailableError as error:
                 _log.warning("cannot look after the hosts: %s", error)
             except (PoolManagerError, OSError):

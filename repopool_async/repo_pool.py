@@ -9,11 +9,12 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 import attrs
 
-from repopool_async._aio import Deadline
+from repopool_async._aio import Deadline, together
 from repopool_async.acquiring import Acquirer
 from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
@@ -273,8 +274,7 @@ class RepoPool:
                 len(self.keeper.returning),
             )
         await self.keeper.stop()
-        for opened in self._leases:
-            await self._releaser.cut_off(opened)
+        await together(*[partial(self._releaser.cut_off, opened) for opened in self._leases])
         for mirror in self._mirrors():
             await mirror.aclose()
 

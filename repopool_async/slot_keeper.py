@@ -78,8 +78,9 @@ class SlotKeeper:
     async def stop(self) -> None:
         """Interrupt every cleaning; what is unfinished is left, unlocked, to recovery."""
         await self._tasks.cancel()
-        for slot_id, hold in list(self._holds.items()):  # of tasks cancelled before their first step
-            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+        abandon = self._pool.parts.coordinator.abandon_hold
+        left = list(self._holds.values())  # of tasks cancelled before their first step
+        await shielded(together(*[partial(abandon, hold) for hold in left]), name="abandon")
         self._holds.clear()
         self._unclean.clear()
         self._returning.clear()
@@ -125,7 +126,7 @@ class SlotKeeper:
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            if is_passing(error) or isinstance(error, HostUnreachableError | CoordinatorUnavailableError):
+            if is_passing(error) or isinstance(error, HostUnreachableError):
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
