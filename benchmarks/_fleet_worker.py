@@ -10,6 +10,7 @@ database and the end of a lease may do to a lessee is no error.
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -32,6 +33,7 @@ from repopool_async.hosts._ssh_connection import SshOptions
 
 REPO: Final = "web"
 _BUSY: Final = 42
+_DWELL_SECONDS: Final = 0.3
 _EXPECTED: Final = (
     CoordinatorUnavailableError,
     FencedError,
@@ -95,8 +97,9 @@ async def _lease(manager: PoolManager, root: Path) -> None:
         status = await slot.run("git", "status", "--porcelain", "--ignored")
         if status.text:
             _accuse(root, "half made", f"{slot.slot_id} token {slot.token}: {status.text!r}")
+        await asyncio.sleep(random.uniform(0, 2 * _DWELL_SECONDS))  # in which the lease may be taken away
         witness = f"{root}/witness/{slot.slot_id}"
-        dirty = "echo dirt >untracked; rm README; sleep 0.05"
+        dirty = f"echo dirt >untracked; rm README; sleep {_DWELL_SECONDS}"
         done = await slot.run("flock", "-n", "-E", str(_BUSY), witness, "sh", "-c", dirty, check=False)
         if done.exit_code == _BUSY:
             _accuse(root, "double holder", f"{slot.slot_id} token {slot.token} by {os.getpid()}")

@@ -22,7 +22,8 @@ def test_a_full_disk_and_a_silent_database_pass_and_damage_does_not() -> None:
 
 
 def test_a_full_disk_is_told_with_its_remedy() -> None:
-    with pytest.raises(StoreError, match=r"web: the pool's file system is full .* free some space"), passing_told("web"):
+    told = r"web: the pool's file system is full .* free some space"
+    with pytest.raises(StoreError, match=told), passing_told("web"):
         raise wrapped(OSError(errno.ENOSPC, "full"))
 
 
