@@ -1,6 +1,6 @@
 """Ill-treats a fleet, managers with two hosts over SSH and a database, and looks whether it stays sound.
 
-    python -m benchmarks.fleet_chaos [--seconds 120] [--managers 3] [--slots 6] [--seed N]
+    python -m benchmarks.fleet_chaos [--seconds 120] [--managers 3] [--slots 6] [--seed N] [--unchecked]
 
 Needs PostgreSQL, OpenSSH's sshd (asyncssh's own is used where there is none) and `flock`. While managers lease from one
 pool, at random moments one of them is killed and started anew, or stopped for longer than it may be silent; its way to
@@ -9,6 +9,9 @@ that ends, and a new manager has a minute to bring every slot back.
 
 Prints leases, what was done to them, slots given twice, slots lost, slots found dirty, tokens granted twice and
 unexpected errors (all of which must be 0), and exits with status 1 where one is not, or where nothing works any more.
+
+With --unchecked hosts let everybody in, and managers are only stopped: then slots must be found given twice, or else
+this program would not see it.
 """
 
 import argparse
@@ -86,6 +89,7 @@ class Fleet:
     server: Server
     members: list[Member]
     random: random.Random
+    is_unchecked: bool = False
     done: Counter[str] = attrs.field(factory=Counter)
 
     async def ill_treat(self, seconds: float) -> None:
@@ -94,6 +98,9 @@ class Fleet:
             self.kill, self.stop, self.freeze_database, self.cut_database, self.freeze_host, self.cut_host,
             self.restart_database, self.crash_database, self.end_backends,
         ]  # fmt: skip
+        pauses = (0.3, 1.2)
+        if self.is_unchecked:
+            ways, pauses = [self.stop], (3.0, 5.0)
         end = asyncio.get_running_loop().time() + seconds
         # Each once, in some order, and then whatever comes.
         first = self.random.sample(ways, len(ways))
@@ -104,7 +111,7 @@ class Fleet:
                 return  # it ended by itself, which is told as an error
             await way(member)
             self.done[way.__name__] += 1
-            await asyncio.sleep(self.random.uniform(0.3, 1.2))
+            await asyncio.sleep(self.random.uniform(*pauses))
 
     async def kill(self, member: Member) -> None:
         """Kill a manager and start another."""
@@ -114,7 +121,8 @@ class Fleet:
     async def stop(self, member: Member) -> None:
         """Stop a manager for so long that it is taken for dead."""
         member.send(signal.SIGSTOP)
-        await asyncio.sleep(self.random.uniform(1, 2) * TTL_SECONDS)
+        shortest = 3 if self.is_unchecked else 1  # it takes that until another has cleaned and leased its slots
+        await asyncio.sleep(self.random.uniform(shortest, 4) * TTL_SECONDS)
         member.send(signal.SIGCONT)
 
     async def freeze_database(self, member: Member) -> None:
@@ -170,8 +178,11 @@ async def measure(options: argparse.Namespace, root: Path) -> tuple[Findings, Fl
         (root / "witness").mkdir()
         servers = {name: stack.enter_context(_sshd(root, name)) for name in ("a", "b")}
         await _make_pool(root, server, servers, options.slots)
-        members = [await _member(root, number, server, servers, stack) for number in range(options.managers)]
-        fleet = Fleet(root, server, members, random.Random(options.seed))
+        members = [
+            await _member(root, number, server, servers, stack, is_unchecked=options.unchecked)
+            for number in range(options.managers)
+        ]
+        fleet = Fleet(root, server, members, random.Random(options.seed), is_unchecked=options.unchecked)
         await asyncio.gather(*[member.start() for member in members])
         findings = Findings()
         try:
@@ -210,7 +221,13 @@ async def _make_pool(root: Path, server: Server, servers: dict[str, sshd.Server]
 
 
 async def _member(
-    root: Path, number: int, server: Server, servers: dict[str, sshd.Server], stack: AsyncExitStack
+    root: Path,
+    number: int,
+    server: Server,
+    servers: dict[str, sshd.Server],
+    stack: AsyncExitStack,
+    *,
+    is_unchecked: bool,
 ) -> Member:
     database = await stack.enter_async_context(Proxy(server.port))
     ways = {name: await stack.enter_async_context(ssh_proxy(one.port)) for name, one in servers.items()}
@@ -224,6 +241,7 @@ async def _member(
         "dsn": server.dsn(DATABASE, port=database.port),
         "session_ttl": TTL_SECONDS,
         "hosts": hosts,
+        "is_unchecked": is_unchecked,
     }
     path = root / f"manager{number}.json"
     path.write_text(json.dumps(settings))
@@ -264,6 +282,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="of ill-treatment (default: %(default)s)")
     parser.add_argument("--managers", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--slots", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--unchecked", action="store_true", help="let hosts check nothing, which must be found out")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="repopool-fleet-chaos-", ignore_cleanup_errors=True) as directory:
