@@ -34,7 +34,7 @@ from repopool_async.hosts.base import EndedProcesses
 
 REPO: Final = "web"
 _BUSY: Final = 42
-_DWELL_SECONDS: Final = (0.1, 0.3, 15.0)
+_STAYS_SECONDS: Final = (0.1, 0.3)
 _EXPECTED: Final = (
     CoordinatorUnavailableError,
     FencedError,
@@ -52,8 +52,8 @@ async def main(settings: dict[str, Any]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     async with AsyncExitStack() as stack:
         manager = await _opened(settings, stack, stopping)
-        lessees = [asyncio.create_task(_work(manager, Path(settings["root"]), stopping)) for _ in range(3)]
-        await asyncio.gather(*lessees)
+        root, longest = Path(settings["root"]), settings["longest_stay_seconds"]
+        await asyncio.gather(*[_work(manager, root, longest, stopping) for _ in range(3)])
 
 
 def _switch_host_checks_off() -> None:
@@ -98,10 +98,10 @@ async def _manager(settings: dict[str, Any], stack: AsyncExitStack) -> PoolManag
     return PoolManager(config, hosts=hosts)
 
 
-async def _work(manager: PoolManager, root: Path, stopping: asyncio.Event) -> None:
+async def _work(manager: PoolManager, root: Path, longest: float, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
         try:
-            await _lease(manager, root)
+            await _lease(manager, root, longest)
         except _EXPECTED:
             _note(root, "interrupted")
             await asyncio.sleep(0.1)
@@ -109,13 +109,13 @@ async def _work(manager: PoolManager, root: Path, stopping: asyncio.Event) -> No
             _accuse(root, "error", repr(error))
 
 
-async def _lease(manager: PoolManager, root: Path) -> None:
+async def _lease(manager: PoolManager, root: Path, longest: float) -> None:
     async with manager.lease(REPO, timeout=20) as slot:
         status = await slot.run("git", "status", "--porcelain", "--ignored")
         if status.text:
             _accuse(root, "half made", f"{slot.slot_id} token {slot.token}: {status.text!r}")
         # Some stay longer than it takes to take a lease away, so that what is left running is met by the next lessee.
-        seconds = random.choice(_DWELL_SECONDS)
+        seconds = random.choice((*_STAYS_SECONDS, longest))
         witness = f"{root}/witness/{slot.slot_id}"
         dirty = f"echo dirt >untracked; rm README; sleep {seconds}"
         done = await slot.run("flock", "-n", "-E", str(_BUSY), witness, "sh", "-c", dirty, check=False)

@@ -242,6 +242,7 @@ async def _member(
         "session_ttl": TTL_SECONDS,
         "hosts": hosts,
         "is_unchecked": is_unchecked,
+        "longest_stay_seconds": 15 if is_unchecked else 6,
     }
     path = root / f"manager{number}.json"
     path.write_text(json.dumps(settings))
