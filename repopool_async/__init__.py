@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repopool_async.config import PoolConfig as PoolConfig
     from repopool_async.config import PoolOptions as PoolOptions
+    from repopool_async.config_coordination import Coordination as Coordination
     from repopool_async.config_hosts import HostSpec as HostSpec
     from repopool_async.events import Event as Event
     from repopool_async.exceptions import CleanupError as CleanupError
@@ -95,6 +96,7 @@ _HOMES = {
     "CommandResult": "repopool_async.models",
     "CommandTimeoutError": "repopool_async.exceptions",
     "ConfigError": "repopool_async.exceptions",
+    "Coordination": "repopool_async.config_coordination",
     "CoordinatorUnavailableError": "repopool_async.exceptions",
     "EmptyRepositoryError": "repopool_async.exceptions",
     "Event": "repopool_async.events",
@@ -175,6 +177,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigError",
+    "Coordination",
     "CoordinatorUnavailableError",
     "EmptyRepositoryError",
     "Event",

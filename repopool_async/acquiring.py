@@ -6,9 +6,10 @@ business, what preparing one takes the cleaner's.
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final, NoReturn
+from functools import partial
+from typing import Any, Final, NoReturn, TypeVar
 
 import attrs
 
@@ -23,6 +24,7 @@ from repopool_async.deadlocks import Deadlocks
 from repopool_async.disk_full import is_passing, passing_told
 from repopool_async.exceptions import (
     CleanupError,
+    CoordinatorUnavailableError,
     HostUnreachableError,
     LeaseLostError,
     ManagerClosedError,
@@ -44,8 +46,12 @@ from repopool_async.slot_keeper import SlotKeeper
 from repopool_async.wait_queue import WaitQueue
 from repopool_async.workspaces.base import Checkout
 
+T = TypeVar("T")
+
 _STALE_WAIT_SECONDS: Final = 1.0
 """After waiting longer than this for a slot, the remote is asked again, so that a lessee gets what is new by then."""
+_AGAIN_SECONDS: Final = 1.0
+"""How long to wait before a coordinator that does not answer is asked again."""
 _RECOVERY_SECONDS: Final = 1.0
 """How often the head of the queue looks for slots of dead owners while it waits."""
 
@@ -65,6 +71,7 @@ class _Attempt:
     resolved_by: Mirror | None = None
     seen: RefsSnapshot | None = None
     is_deadlock_told: bool = False
+    unavailable: CoordinatorUnavailableError | None = None
     phase: str = "fetch"
     started: float = attrs.field(factory=boottime)
     deadline: Deadline = attrs.field(init=False)
@@ -126,14 +133,14 @@ class Acquirer:
             raise await self._timed_out(attempt) from None
 
     async def _try(self, attempt: _Attempt) -> OpenLease:
-        resolved = await self._resolve(attempt)
+        resolved = await self._patiently(attempt, partial(self._resolve, attempt))
         while True:
             attempt.phase = "queue"
             grant = await self._claim_in_turn(attempt, resolved)
             try:
                 attempt.phase = "fetch"
                 if boottime() - attempt.started > _STALE_WAIT_SECONDS:
-                    resolved = await self._resolve(attempt)
+                    resolved = await self._patiently(attempt, partial(self._resolve, attempt))
                 attempt.phase = "checkout"
                 opened = await self._hand_out(attempt, grant, resolved)
             except BaseException as error:
@@ -185,22 +192,47 @@ class Acquirer:
     async def _claim_in_turn(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
         self._refuse_if_too_many()
         async with self._deadlocks.noted_as_waiting(), self._queue.turn(attempt.priority):
-            grant = await self._claim(attempt, resolved)
-            if grant is not None:
-                return grant
-            if self._keeper.clean_wanted():
-                attempt.waits_for_cleaning = True  # even one try: the slot is free, it only was not cleaned yet
-            elif self._pool.options.max_waiting == 0:
-                self._too_many()
-            return await self._claim_when_free(attempt, resolved)
+            return await self._patiently(attempt, partial(self._claim_or_wait, attempt, resolved))
+
+    async def _patiently(self, attempt: _Attempt, step: Callable[[], Awaitable[T]]) -> T:
+        """Take a step, again and again while the coordinator does not answer and the attempt may wait."""
+        while True:
+            try:
+                result = await step()
+            except CoordinatorUnavailableError as error:
+                if attempt.timeout == 0:
+                    raise
+                attempt.unavailable = error
+            else:
+                attempt.unavailable = None
+                return result
+            self._refuse_if_closing()
+            await asyncio.sleep(_AGAIN_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+
+    async def _claim_or_wait(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
+        grant = await self._claim(attempt, resolved)
+        if grant is not None:
+            return grant
+        if self._keeper.clean_wanted():
+            attempt.waits_for_cleaning = True  # even one try: the slot is free, it only was not cleaned yet
+        elif self._pool.options.max_waiting == 0:
+            self._too_many()
+        return await self._claim_when_free(attempt, resolved)
 
     async def _claim_when_free(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant:
         """Wait for other processes' releases (our own wake us), in order of the processes' tickets."""
+        while True:
+            grant = await self._claim_while_hosts_stay(attempt, resolved)
+            if grant is not None:
+                return grant
+
+    async def _claim_while_hosts_stay(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
+        """Wait with one ticket; None where other hosts can be used now than when it was drawn: it excludes the rest."""
         coordinator, changed = self._pool.parts.coordinator, self._pool.changed
         delay, longest = coordinator.poll_seconds
         want = Want(self._pool.name, **self._asked(attempt, resolved))
         async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
-            while True:
+            while self._pool.hosts.unusable == want.exclude_hosts:
                 self._refuse_if_closing()
                 changed.clear()
                 grant = await ticket.claim()
@@ -209,6 +241,7 @@ class Acquirer:
                 await self._look_around(attempt)
                 await self._wait_for_change(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                 delay = min(delay * 2, longest)
+        return None
 
     async def _claim(self, attempt: _Attempt, resolved: ResolvedRef) -> Grant | None:
         asked = self._asked(attempt, resolved)
@@ -303,7 +336,8 @@ class Acquirer:
         return None if parts.is_here or attempt.ttl is not None else self._pool.hosts.session
 
     async def _timed_out(self, attempt: _Attempt, slots: list[Slot] | None = None) -> PoolTimeoutError:
-        slots = slots if slots is not None else await self._pool.parts.coordinator.list_slots(self._pool.name)
+        if slots is None:
+            slots = await self._slots_where_told(attempt)
         holders = tuple(self._leases.describe_holder(slot) for slot in slots)
         deadlock = self._deadlocks.reason(slots) if attempt.phase == "queue" else ""
         waited = "at once" if attempt.timeout == 0 else f"within {attempt.timeout:g} s"
@@ -312,7 +346,7 @@ class Acquirer:
             "fetch": "the remote had not answered; raise the timeout or check the network",
             "checkout": "the check-out, or the pool's setup, was not finished; raise the timeout",
         }[attempt.phase]
-        what = deadlock or what
+        what = deadlock or (str(attempt.unavailable) if attempt.unavailable else what)
         listing = "".join(f"\n  {line}" for line in holders)
         return PoolTimeoutError(
             f"{self._pool.name}: no lease {waited}: {what}{listing}",
@@ -322,6 +356,15 @@ class Acquirer:
             holders=holders,
             is_self_wait=bool(deadlock),
         )
+
+    async def _slots_where_told(self, attempt: _Attempt) -> list[Slot]:
+        """Return the pool's slots; none where the coordinator does not answer, which the attempt then knows."""
+        if attempt.unavailable is None:
+            try:
+                return await self._pool.parts.coordinator.list_slots(self._pool.name)
+            except CoordinatorUnavailableError as error:
+                attempt.unavailable = error
+        return []
 
     def _tell_deadlock(self, attempt: _Attempt, slots: list[Slot]) -> None:
         """Tell at once of a wait that no time-out ends."""

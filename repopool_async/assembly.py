@@ -11,21 +11,20 @@ import attrs
 
 from repopool_async._git import base_environment
 from repopool_async._git_arguments import Credentials
+from repopool_async.common_state import CommonState
 from repopool_async.components import Components, HostParts, PoolHosts
 from repopool_async.config import PoolConfig, PoolOptions
 from repopool_async.config_hosts import HostSpec
 from repopool_async.coordination.base import Coordinator
-from repopool_async.coordination.files import FileCoordinator
 from repopool_async.events import EventBus
 from repopool_async.exceptions import ConfigError
 from repopool_async.host_assembly import HostAssembly
 from repopool_async.host_registry import HostRegistry, Machine
-from repopool_async.host_states import HostStates
 from repopool_async.hosts.local import LocalHost
-from repopool_async.lock_manager import LockManager
 from repopool_async.mirror_sources import Upstream
 from repopool_async.models import LOCAL_HOST, Pool
 from repopool_async.run_as import RunAs
+from repopool_async.shared_state import Locks, PoolRecords
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks
 from repopool_async.slot_store import SlotStore
@@ -41,31 +40,42 @@ class Shared:
 
     Attributes:
         config: what is in force; replaced when a configuration file is taken on.
-        own: the manager's own machine.
+        own: the manager's own machine. state: where the state of slots is kept.
     """
 
     config: PoolConfig
     bus: EventBus
     own: Machine
     hosts: HostRegistry
-    store: SlotStore
-    locks: LockManager
-    coordinator: Coordinator
+    state: CommonState
     allocator: SlotAllocator
+
+    @property
+    def records(self) -> PoolRecords:
+        """The records of pools and the logs of slots."""
+        return self.state.records
+
+    @property
+    def locks(self) -> Locks:
+        """Locks by name."""
+        return self.state.locks
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """Who says which slot is whose."""
+        return self.state.coordinator
 
     @classmethod
     def of(cls, config: PoolConfig) -> Self:
         """Make it for a configuration, without any I/O."""
         bus = EventBus()
-        store = SlotStore(str(config.workspaces_dir), on_event=bus.emit)
-        locks = LockManager(store.locks_directory)
-        coordinator = FileCoordinator(store, locks, on_event=bus.emit)
+        state = CommonState.of(config, bus.emit)
         hosts = HostRegistry(
             config.hosts,
             lambda spec: _machine(spec, config),
-            workspaces_dir=store.workspaces_directory,
-            states=HostStates(store.workspaces_directory, locks),
-            coordinator=coordinator,
+            admission=state.admission,
+            states=state.host_states,
+            coordinator=state.coordinator,
             emit=bus.emit,
         )
         return cls(
@@ -73,11 +83,14 @@ class Shared:
             bus=bus,
             own=hosts.machine(LOCAL_HOST),
             hosts=hosts,
-            store=store,
-            locks=locks,
-            coordinator=coordinator,
-            allocator=SlotAllocator(store),
+            state=state,
+            allocator=_counting(config),
         )
+
+
+def _counting(config: PoolConfig) -> SlotAllocator:
+    """Return an allocator that finds nothing for anybody: coordinators do, and it counts how that went."""
+    return SlotAllocator(SlotStore(str(config.workspaces_dir)))
 
 
 def _machine(spec: HostSpec, config: PoolConfig) -> Machine:
@@ -180,17 +193,18 @@ class Assembler:
                 environment=self._environments[machine.spec.is_local][record.repo_name],
                 allow_protocols=shared.config.allow_protocols,
                 callbacks=self._callbacks,
-                store=shared.store,
+                records=shared.records,
                 locks=shared.locks,
                 emit=shared.bus.emit,
             ).parts()
 
         hosts = PoolHosts(lambda: shared.hosts.chosen(current().hosts), make)
         return Components(
-            store=shared.store,
+            records=shared.records,
             coordinator=shared.coordinator,
             # Without metrics a pool counts into an allocator that nobody asks.
-            allocator=shared.allocator if options.enable_metrics else SlotAllocator(shared.store),
+            allocator=shared.allocator if options.enable_metrics else _counting(shared.config),
             hosts=hosts,
+            recorded_on=shared.state.recorded_on,
             emit=self._emit,
         )

@@ -20,9 +20,9 @@ from repopool_async.mirror import Mirror
 from repopool_async.models import Pool, Slot
 from repopool_async.run_as import RunAs
 from repopool_async.salvage import Salvage
+from repopool_async.shared_state import PoolRecords
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import SlotCleaner
-from repopool_async.slot_store import SlotStore
 from repopool_async.store_layout import StoreLayout
 
 
@@ -80,13 +80,15 @@ class Components:
     """What a pool works with; made by the manager, shared where it can be.
 
     Attributes:
+        recorded_on: the host in whose directories of slots their records lie too; None where there is none.
         emit: tells an event, a kind and fields.
     """
 
-    store: SlotStore
+    records: PoolRecords
     coordinator: Coordinator
     allocator: SlotAllocator
     hosts: PoolHosts
+    recorded_on: str | None
     emit: Callable[[str, Mapping[str, Any]], None]
 
     def of(self, slot: Slot) -> HostParts:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import attrs
 
+from repopool_async.config_coordination import COORDINATION, Coordination
 from repopool_async.config_fields import cleanup_flag, default_of, option, table_of
 from repopool_async.config_hosts import HostSpec, checked_hosts, chosen_hosts, read_host, refused_hosts
 from repopool_async.config_kinds import (
@@ -121,7 +122,6 @@ class PoolOptions:
     )
     leak_warning: float | None = option(or_none(duration()), None, "age at which a lease's origin is reported")
     hosts: tuple[str, ...] = option(list_of(TEXT), (), "hosts that hold the slots, by name or label; empty: local")
-    coordination: str | None = option(or_none(SECRET_TEXT), None, "database that machines share", repr=False)
     webhooks: tuple[str, ...] = option(list_of(SECRET_TEXT), (), "URLs told of events", repr=False)
     git_timeout: float = option(duration(), 3600.0, "how long one git command may take")
     git_idle_timeout: float = option(duration(), 300.0, "how long one git command may be silent")
@@ -302,6 +302,9 @@ class PoolConfig:
         choice("auto", "poll", "never"),
         "auto",
         "how changes of this file are noticed; poll: by reading it each second",
+    )
+    coordination: Coordination | None = option(  # noqa: RUF009 - a field, as above; it is what is in it that is new
+        or_none(COORDINATION), None, "what the state of slots is kept in; null: files of workspaces_dir"
     )
     source: Path | None = attrs.field(default=None, kw_only=True)
 

@@ -17,7 +17,6 @@ UNSUPPORTED: Final = frozenset(
     {
         "max_slots",
         "idle_seconds",
-        "coordination",
         "webhooks",
     }
 )

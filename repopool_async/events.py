@@ -31,6 +31,7 @@ _WARNINGS: Final = (
     "lease.deadlock",
     "lease.unconfirmed",
     "session.lost",
+    "host.refused",
     "pool.over_disk_limit",
     "pool.short",
     "host.parked",

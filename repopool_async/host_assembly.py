@@ -15,15 +15,14 @@ from repopool_async.components import HostParts
 from repopool_async.config import PoolOptions
 from repopool_async.git_operations import GitOperations
 from repopool_async.host_registry import Machine
-from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS, Mirror
 from repopool_async.mirror_sources import Upstream
 from repopool_async.models import Pool
 from repopool_async.run_as import RunAs
 from repopool_async.salvage import SALVAGE_LOCKS, Salvage
+from repopool_async.shared_state import Locks, PoolRecords
 from repopool_async.slot_cleaner import Callbacks, SlotCleaner
 from repopool_async.slot_setup import SlotSetup
-from repopool_async.slot_store import SlotStore
 from repopool_async.store_layout import lock_on
 from repopool_async.workspaces.base import WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
@@ -56,8 +55,8 @@ class HostAssembly:
     environment: Mapping[str, str]
     allow_protocols: Sequence[str]
     callbacks: Callbacks
-    store: SlotStore
-    locks: LockManager
+    records: PoolRecords
+    locks: Locks
     emit: Callable[[str, Mapping[str, Any]], None]
 
     def parts(self) -> HostParts:
@@ -151,7 +150,7 @@ class HostAssembly:
         return SlotCleaner(
             GitOperations(self.machine.host, runner=runner),
             workspace=workspace,
-            store=self.store,
+            store=self.records,
             callbacks=self.callbacks,
             on_event=self.emit,
             rebuild_always=self.current().rebuild_always,

@@ -56,9 +56,11 @@ class HostChores:
         """Clone the repository on those of the pool's hosts that can be used, unless that has been done.
 
         Raises:
-            HostUnreachableError: none of them answers. Otherwise as `Mirror.ensure`.
+            HostUnreachableError: none of them answers. ConfigError: one of them is somebody else's. Otherwise as
+            `Mirror.ensure`.
         """
         wanted = self._pool.parts.hosts.choose() if host_ids is None else list(host_ids)
+        await self._pool.hosts.require_admitted(wanted)
         usable = [host_id for host_id in wanted if host_id not in self._pool.hosts.unusable]
         with passing_told(self._pool.name):
             await together(*[partial(self._make_mirror, host_id) for host_id in usable])
@@ -133,7 +135,7 @@ class HostChores:
         return failures
 
     async def discard_strays(self) -> list[str]:
-        """Move aside slots' directories on other hosts of which no record tells, and return their paths.
+        """Move aside slots' directories of which no record tells, and return their paths.
 
         They are what was left when a host did not answer while a slot was removed. A slot's record is there before its
         directory is, and numbers are not used again.
@@ -141,7 +143,7 @@ class HostChores:
         removed: list[str] = []
 
         async def discard(parts: HostParts) -> None:
-            if parts.host_id == LOCAL_HOST:
+            if parts.host_id == self._pool.parts.recorded_on:
                 return  # there the records lie in these directories themselves
             slots = f"{parts.layout.pool_directory(self._pool.name)}/slots"
             names = await parts.host.list_directory(slots)  # before the records: what comes later is no stray
@@ -172,10 +174,10 @@ class HostChores:
         return used
 
     async def erase(self) -> None:
-        """Delete the pool's directories on other hosts; nothing of the pool is used any more."""
+        """Delete the pool's directories but the one with its records in it; nothing there is used any more."""
 
         async def erase(parts: HostParts) -> None:
-            if parts.host_id != LOCAL_HOST:
+            if parts.host_id != self._pool.parts.recorded_on:
                 await parts.host.remove_tree(parts.layout.pool_directory(self._pool.name))
 
         await self._on_each(erase)

@@ -2,13 +2,14 @@
 
 A host that fails to answer is suspect: no claim tries it until it was asked once more, which takes seconds. Where it
 stays silent it is parked, for every process, with all its slots: they are ERROR, their leases have ended as lost. When
-it answers again its slots are orphans, which are cleaned like those of dead owners. Which slots lie where, and who asks
-parked hosts again, is not known here.
+it answers again its slots are orphans, which are cleaned like those of dead owners. Where managers on several machines
+share a host it is out of use for the one only that it does not answer: others may reach it. Which slots lie where, and
+who asks silent hosts again, is not known here.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -16,11 +17,18 @@ from typing import Any, Final
 import attrs
 
 from repopool_async._aio import Interruptions, TaskSet, together
+from repopool_async._clock import boottime
 from repopool_async._identity import new_lease_id
 from repopool_async.config_hosts import MANAGER, HostSpec, chosen_hosts, present_hosts, refused_hosts, with_local
 from repopool_async.coordination.base import Coordinator
-from repopool_async.exceptions import ConfigError, HostNotFoundError, HostUnreachableError, PoolManagerError
-from repopool_async.host_admission import Manager, admit
+from repopool_async.exceptions import (
+    ConfigError,
+    HostNotFoundError,
+    HostUnreachableError,
+    PlatformNotSupportedError,
+    PoolManagerError,
+)
+from repopool_async.host_admission import Admission
 from repopool_async.host_states import HostCondition, HostState, HostStates
 from repopool_async.hosts.base import Host
 from repopool_async.models import LOCAL_HOST, Pool
@@ -31,6 +39,8 @@ _log: Final = logging.getLogger("repopool")
 _PROBE_SECONDS: Final = 10.0
 """How long a host may take to answer when it is asked whether it is there."""
 _LEAVE_SECONDS: Final = 5.0
+_REFUSED_SECONDS: Final = 60.0
+"""After which a host that was refused is looked at again."""
 _PATIENCE_SECONDS: Final = 3.0
 """How long something may take on a host before it is asked whether it is still there."""
 
@@ -61,7 +71,7 @@ class HostRegistry:
 
     Args:
         specs: those of the configuration. make: makes the machine for one, without any I/O.
-        workspaces_dir: the manager's own.
+        admission: says which may be used.
 
     Attributes:
         session: names this manager on its hosts. on_change: called when other hosts can be used than before.
@@ -72,15 +82,18 @@ class HostRegistry:
         specs: Mapping[str, HostSpec],
         make: Callable[[HostSpec], Machine],
         *,
-        workspaces_dir: str,
+        admission: Admission,
         states: HostStates,
         coordinator: Coordinator,
         emit: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._make = make
         self.session: Final = new_lease_id()
-        self._workspaces_dir = workspaces_dir
-        self._admitted: set[str] = set()
+        self._admission = admission
+        self._admitted: dict[str, HostSpec] = {}
+        self._refused: dict[str, tuple[HostState, float]] = {}
+        self._silent: dict[str, HostState] = {}
+        self._expected: set[str] = set()
         self._states = states
         self._coordinator = coordinator
         self._emit = emit
@@ -105,6 +118,8 @@ class HostRegistry:
     def declare(self, specs: Mapping[str, HostSpec]) -> None:
         """Take on another configuration's hosts; one that is gone from it is not there any more."""
         self._configured = with_local(specs)
+        self._refused.clear()
+        self._take_in_new_ones()
         self._look_at_all()
 
     def machine(self, host_id: str) -> Machine:
@@ -174,17 +189,35 @@ class HostRegistry:
         if host_id in self._unusable:
             raise _out_of_use(host_id)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether managers on other machines may use these hosts too."""
+        return self._admission.is_shared
+
     def is_out(self, host_id: str) -> bool:
-        """Whether nothing is to be done on a host now: it is parked, or has just failed to answer."""
-        return host_id in self._suspects or self.state(host_id).condition.is_out or host_id not in self.specs
+        """Whether nothing is to be done on a host now: it is parked, has just failed to answer, or is not ours yet."""
+        if host_id in self._suspects or host_id not in self.specs or self.state(host_id).condition.is_out:
+            return True
+        return self.is_shared and not self._is_admitted(host_id)
+
+    def _is_admitted(self, host_id: str) -> bool:
+        return self._admitted.get(host_id) == self.specs.get(host_id)  # by its name it may be another by now
+
+    def is_out_for_all(self, host_id: str) -> bool:
+        """Whether a host is out of use for every manager."""
+        return self._known.get(host_id, _ACTIVE).condition.is_out
 
     def is_closed(self, host_id: str) -> bool:
         """Whether no lease is given on a host until somebody, or it itself, changes that."""
         return host_id not in self.specs or self.state(host_id).condition is not HostCondition.ACTIVE
 
     def state(self, host_id: str) -> HostState:
-        """Return what was last seen of a host's state."""
-        return self._known.get(host_id, _ACTIVE)
+        """Return what was last seen of a host's state, as far as this manager is concerned."""
+        known = self._known.get(host_id, _ACTIVE)
+        if known.condition.is_out:
+            return known
+        refused = self._refused.get(host_id)
+        return refused[0] if refused is not None else self._silent.get(host_id, known)
 
     async def refresh(self) -> None:
         """See what other processes made of the hosts; call it every second."""
@@ -193,11 +226,13 @@ class HostRegistry:
             self._known = known
             self._added = {name: HostSpec.from_mapping(name, state.spec) for name, state in known.items() if state.spec}
             self._look_at_all()
+        self._take_in_new_ones()
 
     def _look_at_all(self) -> None:
         before = self._unusable
         out = {name for name, state in self._known.items() if state.condition is not HostCondition.ACTIVE}
-        gone = (self._strangers | self._machines.keys()) - self.specs.keys()
+        out |= {name for name in self.specs if self.is_out(name)}
+        gone = (self._strangers | self._expected | self._machines.keys()) - self.specs.keys()
         self._unusable = frozenset(out | self._suspects | gone)
         if self._unusable != before:
             self.on_change()
@@ -210,6 +245,8 @@ class HostRegistry:
         Its slots follow: parked with it, or, when it comes back, left to whoever recovers orphans.
         """
         self.require(host_id)
+        self._refused.pop(host_id, None)
+        self._silent.pop(host_id, None)
 
         def changed(before: HostState | None) -> HostState | None:
             if before is not None and before.condition is condition:
@@ -241,13 +278,21 @@ class HostRegistry:
         added = HostState(spec={"workspaces_dir": spec.workspaces_dir, **spec.changed()})
         await self._states.change(spec.name, lambda _: added)
         await self.refresh()
+        await self.settled()
         self._emit("host.added", {"host_id": spec.name})
 
     async def forget(self, host_id: str) -> None:
         """Forget an added host, and any host's condition; nothing of any pool is there any more."""
         await self._states.change(host_id, lambda _: None)
+        await self.forget_place(host_id)
         await self.refresh()
         self._emit("host.removed", {"host_id": host_id})
+
+    async def forget_place(self, host_id: str) -> None:
+        """Let a host's name mean another directory from now on; nothing of any pool is there any more."""
+        await self._admission.forget(host_id)
+        self._admitted.pop(host_id, None)
+        self._refused.pop(host_id, None)
 
     # -- when one does not answer --------------------------------------------------------------------------------
 
@@ -275,13 +320,32 @@ class HostRegistry:
         try:
             failure = await self.probe(host_id)
             if failure is not None:
-                await self.change(host_id, HostCondition.UNREACHABLE, failure)
+                await self._note_silent(host_id, failure)
         except (PoolManagerError, OSError) as error:
             _log.warning("host %s: that it does not answer could not be noted: %s", host_id, error)
         finally:
             self._suspects.discard(host_id)
             self._is_settled.set()
             self._look_at_all()
+
+    async def _note_silent(self, host_id: str, failure: str) -> None:
+        if not self.is_shared:
+            await self.change(host_id, HostCondition.UNREACHABLE, failure)
+            return
+        self._silent[host_id] = HostState(HostCondition.UNREACHABLE, failure)
+        self._emit(_EVENTS[HostCondition.UNREACHABLE], {"host_id": host_id, "reason": failure})
+        self._look_at_all()
+        self.on_change()  # it was unusable before, for being suspect
+
+    async def answers_again(self, host_id: str) -> None:
+        """Use a host again that had not answered."""
+        if not self.is_shared:
+            await self.change(host_id, HostCondition.ACTIVE)
+            return
+        if self._silent.pop(host_id, None) is not None:
+            self._emit(_EVENTS[HostCondition.ACTIVE], {"host_id": host_id, "reason": ""})
+        self._take_in_new_ones()
+        self._look_at_all()
 
     async def probe(self, host_id: str) -> str | None:
         """Ask a host whether it is there; returns why it seems not to be."""
@@ -303,11 +367,11 @@ class HostRegistry:
             HostUnreachableError: the block was given up, or failed so by itself, and the host is suspect from then on;
             or it was not entered, because the host is out of use.
         """
+        if self.is_out(host_id) and (host_id != LOCAL_HOST or self.is_shared):
+            raise _out_of_use(host_id)
         if host_id == LOCAL_HOST:
             yield
             return
-        if self.is_out(host_id):
-            raise _out_of_use(host_id)
         silent = HostUnreachableError(f"host {host_id} stopped answering", host_id=host_id)
         interruptions = Interruptions()
         asking = self._tasks.spawn(self._ask_meanwhile(host_id, interruptions), name=f"ask-{host_id}")
@@ -330,18 +394,85 @@ class HostRegistry:
     # -- taking one into use -------------------------------------------------------------------------------------
 
     async def admit(self, host_id: str) -> None:
-        """See that a host may be used, before anything of a pool is made there; once is enough.
+        """See that a host may be used, before anything is done there; once is enough.
 
-        Raises as `host_admission.admit`.
+        Raises as `Admission.admit`.
         """
-        if host_id == LOCAL_HOST or host_id in self._admitted:
+        if self._is_admitted(host_id) or (host_id == LOCAL_HOST and not self.is_shared):
             return
         machine = self.machine(host_id)
         source = self.mirror_source(machine)
         if source is not None:
             await self.admit(source.spec.name)
-        await admit(machine.host, machine.layout.workspaces_directory, await Manager.of(self._workspaces_dir))
-        self._admitted.add(host_id)
+        await self._admission.admit(host_id, machine.host, machine.layout.workspaces_directory)
+        self._admitted[host_id] = machine.spec
+        self._refused.pop(host_id, None)
+
+    async def require_admitted(self, host_ids: Iterable[str]) -> None:
+        """Wait until it is known of each host whether it may be used, and raise why one may not.
+
+        Raises as `Admission.admit`, but for a host that does not answer.
+        """
+        wanted = list(host_ids)
+        self.expect(wanted)
+        await self.settled()
+        for host_id in wanted:
+            if host_id in self._refused:
+                await self.admit(host_id)
+                await self.answers_again(host_id)
+
+    async def refuse_anothers(self) -> None:
+        """Refuse a directory of the manager's own that managers elsewhere have slots in, where they share nothing.
+
+        Raises:
+            ConfigError: it is another's.
+        """
+        if not self.is_shared:
+            machine = self.machine(LOCAL_HOST)
+            await self._admission.admit(LOCAL_HOST, machine.host, machine.layout.workspaces_directory)
+
+    def expect(self, host_ids: Iterable[str]) -> None:
+        """Note that slots of a pool lie, or are to lie, on these hosts; returns at once."""
+        if self.is_shared:
+            self._expected.update(host_ids)
+            self._take_in_new_ones()
+            self._look_at_all()
+
+    async def own_settled(self) -> None:
+        """Wait until it is known of the directories on this machine whether they may be used, which is not long."""
+        while any(self.specs[name].is_local for name in self._suspects & self.specs.keys()):
+            self._is_settled.clear()
+            await self._is_settled.wait()
+
+    def _take_in_new_ones(self) -> None:
+        """Begin to see of hosts that are not in use yet whether they may be; where nobody shares any, pools do that."""
+        if not self.is_shared:
+            return
+        for host_id in self.specs:
+            refused = self._refused.get(host_id)
+            if refused is not None and boottime() >= refused[1] + _REFUSED_SECONDS:
+                del self._refused[host_id]
+            is_known = self._is_admitted(host_id) or host_id in self._suspects or self.state(host_id).condition.is_out
+            is_wanted = host_id != LOCAL_HOST or host_id in self._expected  # not every manager has slots of its own
+            if is_wanted and not is_known:
+                self._suspects.add(host_id)
+                self._tasks.spawn(self._take_in(host_id), name=f"admit-{host_id}")
+
+    async def _take_in(self, host_id: str) -> None:
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS):
+                await self.admit(host_id)
+        except (HostUnreachableError, TimeoutError) as error:
+            await self._note_silent(host_id, str(error) or f"no answer within {_PROBE_SECONDS:g} s")
+        except (ConfigError, PlatformNotSupportedError, OSError) as error:
+            self._refused[host_id] = HostState(HostCondition.REFUSED, str(error)), boottime()
+            self._emit("host.refused", {"host_id": host_id, "reason": str(error)})
+        except PoolManagerError as error:
+            _log.warning("host %s: whether it may be used cannot be asked now: %s", host_id, error)
+        finally:
+            self._suspects.discard(host_id)
+            self._is_settled.set()
+            self._look_at_all()
 
     # -- being alive ---------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class HostVerbs:
         self._require_open()
         hosts = self._shared.hosts
         await hosts.refresh()
+        if hosts.is_shared:  # what they are to this manager it may be about to see
+            await hosts.settled()
         slots = [slot for one in await self._slots_by_pool() for slot in one]
         return [_status(spec, hosts.state(name), slots) for name, spec in hosts.specs.items()]
 
@@ -116,7 +118,8 @@ class HostVerbs:
         for slots in await self._slots_by_pool():
             await self._empty(name, [slot for slot in slots if slot.host_id == name], force=force)
         if name in self._shared.config.hosts:
-            await hosts.change(name, HostCondition.DRAINING, "removed; take it out of the configuration")
+            await hosts.change(name, HostCondition.DRAINING, "removed; take it out of the configuration, or resume it")
+            await hosts.forget_place(name)
         else:
             await hosts.forget(name)
 

@@ -13,14 +13,13 @@ from typing import Any, Final
 from repopool_async._aio import TaskSet, in_thread
 from repopool_async._clock import boottime, now
 from repopool_async._identity import boot_id
-from repopool_async.exceptions import LockTimeoutError, PoolManagerError
+from repopool_async.exceptions import CoordinatorUnavailableError, LockTimeoutError, PoolManagerError
 from repopool_async.housekeeping import LeftOver, left_overs, remove
-from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState, StaleLock
 from repopool_async.repo_pool import RepoPool
 from repopool_async.salvage import SALVAGE_LOCKS
-from repopool_async.slot_store import SlotStore
+from repopool_async.shared_state import Locks
 
 _log: Final = logging.getLogger("repopool")
 
@@ -72,23 +71,24 @@ class Janitor:
     """Sweeps the pools of one manager.
 
     Args:
-        pools: returns the pools as they are now. interval_seconds: between two sweeps.
+        pools: returns the pools as they are now. workspaces_dir: the manager's own.
         complete: begins to make the slots that a pool lacks because their maker died, and returns whether it lacks
             any; told whether that is asked for.
+        interval_seconds: between two sweeps.
     """
 
     def __init__(
         self,
         pools: Callable[[], Iterable[RepoPool]],
         *,
-        store: SlotStore,
-        locks: LockManager,
+        workspaces_dir: str,
+        locks: Locks,
         emit: Callable[[str, Mapping[str, Any]], None],
         complete: Callable[[RepoPool, bool], Awaitable[bool]],
         interval_seconds: float,
     ) -> None:
         self._pools = pools
-        self._store = store
+        self._workspaces_dir = workspaces_dir
         self._locks = locks
         self._emit = emit
         self._complete = complete
@@ -157,6 +157,7 @@ class Janitor:
                 await self._warn_of_long_leases(pool)
                 report.expired += await self._end_too_long_leases(pool)
                 report.removed += await self._remove_left_overs(pool)
+                report.removed += await pool.keeper.chores.discard_strays()
                 if await self._keep_to_disk_limit(pool, is_asked=is_asked):
                     report.over_limit.append(pool.name)
                 report.repairing += await self._repair_damaged(pool, is_asked=is_asked)
@@ -196,9 +197,15 @@ class Janitor:
     async def _remove_left_overs(self, pool: RepoPool) -> list[str]:
         """Delete abandoned temporary files and trees, and records set aside long ago."""
         removed = []
-        for left_over in await in_thread(left_overs, self._store.workspaces_directory, pool.name):
+        found = await in_thread(left_overs, self._workspaces_dir, pool.name)
+        taken = await pool.keeper.taken_among(
+            {left_over.lock_id for left_over in found if left_over.lock_id is not None}
+        )
+        for left_over in found:
             if left_over.lock_id is None:
                 removed += await self._remove(left_over)
+                continue
+            if left_over.lock_id in taken:
                 continue
             held = await self._locks.try_acquire(left_over.lock_id)
             if held is None:
@@ -274,6 +281,8 @@ class Janitor:
             try:
                 report = await self.sweep(is_asked=False)
                 self._taken_over, self._completing = list(report), report.completing
+            except CoordinatorUnavailableError as error:
+                _log.warning("the sweep failed: %s", error)
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self.interval_seconds)
             await asyncio.sleep(self.interval_seconds)
@@ -282,7 +291,10 @@ class Janitor:
         while True:
             await self._has_trash.wait()
             self._has_trash.clear()
-            await self.empty_trash()
+            try:
+                await self.empty_trash()
+            except CoordinatorUnavailableError as error:
+                _log.warning("cannot empty the trash: %s", error)  # the next sweep asks for it again
 
     async def _watch_leases_for_ever(self) -> None:
         while True:
@@ -293,6 +305,8 @@ class Janitor:
                     await pool.watch.reap_expired()
                     await pool.watch.check_ages()
                     await pool.keeper.trim()
+                except CoordinatorUnavailableError as error:
+                    _log.warning("%s: cannot check its leases: %s", pool.name, error)
                 except (PoolManagerError, OSError):
                     _log.exception("%s: cannot check its leases; tried again in %g s", pool.name, _LEASE_CHECK_SECONDS)
 

@@ -15,6 +15,9 @@ from repopool_async.slot_keeper import SlotKeeper
 
 _log: Final = logging.getLogger("repopool")
 
+_RECOVERY_SECONDS: Final = 10.0
+"""How often slots of managers that died elsewhere are looked for."""
+
 
 class LeaseWatch:
     """Watches over the leases of one pool, foremost this process's."""
@@ -35,8 +38,21 @@ class LeaseWatch:
             self._pool.changed.set()
             self._pool.parts.emit("lease.lost", {"slot_id": leased.slot_id, "lease_id": leased.lease_id})
 
+    async def give_up_on(self, host_id: str) -> None:
+        """End this process's leases on a host that does not answer to it; who can reach the host recovers the slots."""
+        for opened in self._leases:
+            leased = opened.leased
+            is_ours = leased.host_id == host_id and not opened.grant.lease.is_detached
+            if is_ours and not leased.lost.is_set():
+                await self._pool.parts.coordinator.expire(leased.slot_id, leased.token)
+        await self.notice_lost()
+
     async def reap_expired(self) -> None:
         """Recover the slots of detached leases that nobody renewed in time."""
+        if self._pool.hosts.is_shared:  # by whose clock they expire, and who died elsewhere, the coordinator knows
+            if boottime() - self._keeper.last_recovery >= _RECOVERY_SECONDS:
+                await self._keeper.recover()
+            return
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         if any(is_expired(slot, boottime()) for slot in slots):
             await self._keeper.recover()

@@ -5,14 +5,15 @@ business.
 """
 
 import asyncio
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Final
 
 from repopool_async._aio import Deadline, Interruptions, shielded, together
 from repopool_async.assembly import Shared
 from repopool_async.config_reload import ConfigReload
 from repopool_async.configured_pools import ConfiguredPools
-from repopool_async.exceptions import ManagerClosedError
+from repopool_async.exceptions import CoordinatorUnavailableError, ManagerClosedError
 from repopool_async.host_watch import HostWatch
 from repopool_async.janitor import Janitor
 from repopool_async.pool_completion import PoolCompletion
@@ -72,9 +73,12 @@ class Lifecycle:
 
     async def _open(self) -> None:
         try:
-            await check_machine(self._shared.own.host, self._shared.config, str(self._shared.store.locks_directory))
+            await check_machine(self._shared.own.host, self._shared.config, self._shared.state.directories)
+            await self._shared.hosts.refuse_anothers()
+            await self._shared.state.open()
             await self._shared.hosts.refresh()
             await self._registry.adopt_all()
+            await self._shared.hosts.own_settled()
             await self._janitor.start()
         except BaseException:
             await shielded(self._end_pools(Deadline.after(0)), name="close-now")
@@ -115,8 +119,23 @@ class Lifecycle:
         await self._janitor.stop()
         await self._completion.stop()
         await self._watch.stop()
-        await self._shared.hosts.aclose()
-        await together(*[lambda pool=pool: pool.close(deadline) for pool in self._registry])
-        with suppress(TimeoutError):
-            async with deadline.limit():
-                await self._janitor.empty_trash()
+        async with self._hurrying_after(deadline):
+            await together(*[lambda pool=pool: pool.close(deadline) for pool in self._registry])
+            await self._shared.hosts.aclose()
+            with suppress(TimeoutError, CoordinatorUnavailableError):
+                async with deadline.limit():
+                    await self._janitor.empty_trash()
+            await self._shared.state.close()
+
+    @asynccontextmanager
+    async def _hurrying_after(self, deadline: Deadline) -> AsyncIterator[None]:
+        """Have the coordinator, where it does not answer, hold up nobody once the time is over."""
+        remaining = deadline.remaining()
+        timer = None
+        if remaining is not None:
+            timer = asyncio.get_running_loop().call_later(remaining, self._shared.coordinator.hurry)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()

@@ -27,7 +27,6 @@ from repopool_async.exceptions import (
     UnknownRefError,
 )
 from repopool_async.hosts.base import FileStat, Host, MakeDirectory, RemoveFile, WriteFile
-from repopool_async.lock_manager import LockManager
 from repopool_async.mirror_blobs import MirrorBlobs
 from repopool_async.mirror_builder import MirrorBuilder
 from repopool_async.mirror_git import PROMISES, MirrorGit
@@ -37,6 +36,7 @@ from repopool_async.models import ResolvedRef
 from repopool_async.ref_resolver import RefResolver
 from repopool_async.refs import RefsSnapshot
 from repopool_async.repository_lock import RepositoryLock
+from repopool_async.shared_state import Locks
 
 _log: Final = logging.getLogger("repopool")
 
@@ -87,7 +87,7 @@ class Mirror:
         *,
         host: Host,
         git: GitRunner,
-        locks: LockManager,
+        locks: Locks,
         repo_name: str,
         remotes: Mapping[str, str] | None = None,
         is_blobless: bool = False,

@@ -15,7 +15,8 @@ from typing import Any, Final, Self, TypeVar, cast
 
 import attrs
 
-from repopool_async._clock import boottime
+from repopool_async._clock import boottime, now
+from repopool_async._identity import boot_id
 from repopool_async.assembly import Assembler, Shared
 from repopool_async.config import PoolConfig
 from repopool_async.config_changes import ConfigChange
@@ -102,7 +103,7 @@ class PoolManager(HostVerbs):
         self._completion = PoolCompletion(self._shared, self._registry)
         self._janitor = Janitor(
             lambda: self._registry,
-            store=self._shared.store,
+            workspaces_dir=str(self.config.workspaces_dir),
             locks=self._shared.locks,
             emit=self._shared.bus.emit,
             complete=self._completion.begin,
@@ -157,7 +158,9 @@ class PoolManager(HostVerbs):
 
         Raises:
             PlatformNotSupportedError: this machine cannot run the pool, and why. StoreError: the directory cannot be
-            used. ManagerClosedError: it was opened before.
+            used, or the database refuses or lacks the schema (`repopool db migrate`). CoordinatorUnavailableError: the
+            database cannot be used now. ConfigError: the directory is another manager's. ManagerClosedError: it was
+            opened before.
         """
         await self._lifecycle.open()
 
@@ -498,7 +501,8 @@ class PoolManager(HostVerbs):
         """
         await self._pool_of(slot_id)
         slot = await self._shared.coordinator.get_slot(slot_id)
-        return SlotStatus.of(slot, is_locked=await self._shared.locks.is_locked(slot_id), at=boottime())
+        taken = await self._shared.coordinator.taken_among([slot_id])
+        return SlotStatus.of(slot, is_locked=slot_id in taken, at=_boottime_of(slot))
 
     async def get_pool_summary(self) -> dict[str, PoolSummary]:
         """Return every pool at a glance (5.5)."""
@@ -515,12 +519,12 @@ class PoolManager(HostVerbs):
     async def get_allocation_history(self, slot_id: str, *, limit: int | None = None) -> list[AllocationRecord]:
         """Return who had a slot (2.5), newest last."""
         await self._pool_of(slot_id)
-        return await self._shared.store.history(slot_id, limit=limit)
+        return await self._shared.records.history(slot_id, limit=limit)
 
     async def get_cleanup_log(self, slot_id: str, *, limit: int | None = None) -> list[CleanupResult]:
         """Return what was done to a slot (3.5), newest last."""
         await self._pool_of(slot_id)
-        return await self._shared.store.cleanup_log(slot_id, limit=limit)
+        return await self._shared.records.cleanup_log(slot_id, limit=limit)
 
     def get_allocation_metrics(self, repo_name: str) -> AllocationMetrics:
         """Return how allocating went in this process (10.5)."""
@@ -577,3 +581,11 @@ class PoolManager(HostVerbs):
             return await self.get_pool(name)
         except (ValueError, PoolNotFoundError) as error:
             raise SlotNotFoundError(f"there is no slot {slot_id!r}: {error}", slot_id=slot_id) from None
+
+
+def _boottime_of(slot: Slot) -> float:
+    """Return what the boot-time clock says now that a slot's lease was told by; another machine's is reckoned."""
+    lease = slot.lease
+    if lease is None or lease.owner.boot_id == boot_id():
+        return boottime()
+    return lease.acquired_boottime + (now() - lease.acquired_at).total_seconds()

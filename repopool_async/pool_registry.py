@@ -40,12 +40,12 @@ class PoolRegistry:
 
     async def names(self) -> list[str]:
         """Return the names of all pools of the directory, sorted."""
-        return sorted({*self._pools, *await self._shared.store.list_pools()})
+        return sorted({*self._pools, *await self._shared.records.list_pools()})
 
     async def stored(self, name: str) -> Pool | None:
         """Return what is stored of a pool."""
         try:
-            return await self._shared.store.load_pool(name)
+            return await self._shared.records.load_pool(name)
         except PoolNotFoundError:
             return None
 
@@ -57,7 +57,7 @@ class PoolRegistry:
 
     async def adopt(self, name: str) -> RepoPool:
         """Open a pool that is stored, as it is stored."""
-        stored = await self._shared.store.load_pool(name)
+        stored = await self._shared.records.load_pool(name)
         pool = await self._open(stored, PoolOptions.from_mapping(stored.options), None)
         if stored.is_drained:
             pool.retire()
@@ -65,7 +65,7 @@ class PoolRegistry:
 
     async def adopt_all(self) -> None:
         """Open the pools that are stored, but for those that the configuration in force brings up."""
-        for name in await self._shared.store.list_pools():
+        for name in await self._shared.records.list_pools():
             if name in self._shared.config.pools:
                 continue
             try:
@@ -81,7 +81,8 @@ class PoolRegistry:
             is_exact: remove slots where there are too many.
         """
         name = validate_repo_name(repo_name)
-        refuse_too_many_slots(name, options.num_slots)
+        if not self._shared.hosts.is_shared:
+            refuse_too_many_slots(name, options.num_slots)
         self._shared.hosts.check(options.hosts)
         url, credentials = split_credentials(validate_url(repo_url, self._shared.config.allow_protocols))
         async with self.name_held(name):
@@ -127,10 +128,10 @@ class PoolRegistry:
             SlotAllocationError: its hosts cannot hold so many. Otherwise as `create` and `remove`.
         """
         async with self.name_held(pool.name):
-            stored = await self._shared.store.load_pool(pool.name)
-            await self._shared.store.save_pool(attrs.evolve(stored, is_complete=False))
+            stored = await self._shared.records.load_pool(pool.name)
+            await self._shared.records.save_pool(attrs.evolve(stored, is_complete=False))
             await remove()
-            await self._make_slots(pool, await self._shared.store.load_pool(pool.name))
+            await self._make_slots(pool, await self._shared.records.load_pool(pool.name))
 
     async def retire(self, name: str) -> None:
         """Have a pool give no more leases, in whichever process opens it, until it is created again."""
@@ -138,7 +139,7 @@ class PoolRegistry:
             stored = await self.stored(name)
             if stored is None:
                 return  # it had never come up
-            await self._shared.store.save_pool(attrs.evolve(stored, is_drained=True))
+            await self._shared.records.save_pool(attrs.evolve(stored, is_drained=True))
         if name in self._pools:
             self._pools[name].retire()
         self._shared.bus.emit("pool.drained", {"repo_name": name})
@@ -151,11 +152,11 @@ class PoolRegistry:
     async def remember_size(self, pool: RepoPool) -> None:
         """Store how many slots there are meant to be from now on: as many as there are."""
         pool.keeper.keep_all()
-        stored = await self._shared.store.load_pool(pool.name)
+        stored = await self._shared.records.load_pool(pool.name)
         count = len(await self._shared.coordinator.list_slots(pool.name))
         options = attrs.evolve(pool.options, num_slots=max(count, 1))
         record = attrs.evolve(stored, num_slots=count, options=options.changed())
-        await self._shared.store.save_pool(record)
+        await self._shared.records.save_pool(record)
         pool.reconfigure(record, options)
 
     @asynccontextmanager
@@ -181,6 +182,7 @@ class PoolRegistry:
         """Assemble a pool; one that is open already goes on with the new components."""
         run_as = await self._assembler.establish(options)
         name = record.repo_name
+        slots = await self._shared.coordinator.list_slots(name) if self._shared.hosts.is_shared else []
         present = self._pools.get(name)  # only now: somebody else may have opened it meanwhile
         if present is None:
             self._assembler.give_credentials(name, credentials)
@@ -191,6 +193,7 @@ class PoolRegistry:
             present.use(parts)
             return present
         pool = self._pools[name] = RepoPool(record, options, parts, self._shared.hosts)
+        self._shared.hosts.expect([*parts.hosts.choose(), *{slot.host_id for slot in slots}])
         return pool
 
     async def _fill(self, pool: RepoPool, record: Pool, *, is_new: bool) -> None:
@@ -205,11 +208,11 @@ class PoolRegistry:
     async def _make_slots(self, pool: RepoPool, record: Pool) -> None:
         """Make a pool have the slots that its record says; until all are there it says that some are missing, too."""
         is_complete = len(await pool.list_slots()) >= record.num_slots
-        await self._shared.store.save_pool(attrs.evolve(record, is_complete=is_complete))
+        await self._shared.records.save_pool(attrs.evolve(record, is_complete=is_complete))
         if not is_complete:
             await pool.keeper.fill(record.num_slots)
-            stored = await self._shared.store.load_pool(pool.name)  # numbers have been given since
-            await self._shared.store.save_pool(attrs.evolve(stored, is_complete=True))
+            stored = await self._shared.records.load_pool(pool.name)  # numbers have been given since
+            await self._shared.records.save_pool(attrs.evolve(stored, is_complete=True))
 
     async def _unmake(self, pool: RepoPool) -> None:
         self._pools.pop(pool.name, None)

@@ -7,6 +7,7 @@ use of the disk is the janitor's business.
 import errno
 import os
 import resource
+from collections.abc import Sequence
 from typing import Final
 
 from repopool_async._aio import in_thread
@@ -19,8 +20,11 @@ _FILES_RESERVED: Final = 128
 """Open files of a process beside one lock for every slot."""
 
 
-async def check_machine(host: Host, config: PoolConfig, locks_directory: str) -> None:
+async def check_machine(host: Host, config: PoolConfig, directories: Sequence[str]) -> None:
     """Make the directories, raise the limit on open files, and refuse a machine that cannot run a pool.
+
+    Args:
+        directories: to be there besides the workspaces directory.
 
     Raises:
         PlatformNotSupportedError: it cannot, and why. StoreError: the directory cannot be used.
@@ -29,11 +33,12 @@ async def check_machine(host: Host, config: PoolConfig, locks_directory: str) ->
         raise PlatformNotSupportedError("repopool needs POSIX (Linux, macOS); this platform is not supported")
     workspaces_dir = str(config.workspaces_dir)
     await check_git_version(host)
-    await _make_directories(workspaces_dir, locks_directory)
+    await _make_directories(workspaces_dir, directories)
     if not config.allow_network_filesystem and await host.is_network_file_system(workspaces_dir):
         raise PlatformNotSupportedError(
             f"{workspaces_dir} lies on a network file system, where locks of crashed machines cannot be trusted; "
-            f"choose a local directory, or set allow_network_filesystem if only one machine ever uses it"
+            f"choose a local directory, or set allow_network_filesystem if only one machine ever uses it; several "
+            f"manager machines share a database instead (coordination: postgresql://…), each with local directories"
         )
     _raise_open_file_limit()
 
@@ -50,9 +55,9 @@ def refuse_too_many_slots(repo_name: str, num_slots: int) -> None:
         )
 
 
-async def _make_directories(workspaces_dir: str, locks_directory: str) -> None:
+async def _make_directories(workspaces_dir: str, directories: Sequence[str]) -> None:
     try:
-        await in_thread(_usable_directory, workspaces_dir, locks_directory)
+        await in_thread(_usable_directory, workspaces_dir, directories)
     except OSError as error:
         raise StoreError(
             f"workspaces_dir {workspaces_dir} cannot be used ({error.strerror}); choose a writable directory, for "
@@ -60,8 +65,9 @@ async def _make_directories(workspaces_dir: str, locks_directory: str) -> None:
         ) from error
 
 
-def _usable_directory(directory: str, locks: str) -> None:
-    os.makedirs(locks, exist_ok=True)  # noqa: PTH103 - plain strings throughout
+def _usable_directory(directory: str, others: Sequence[str]) -> None:
+    for path in (directory, *others):
+        os.makedirs(path, exist_ok=True)  # noqa: PTH103 - plain strings throughout
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(code, os.strerror(code), directory)

@@ -16,6 +16,7 @@ from repopool_async.coordination.base import Grant
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
+    CoordinatorUnavailableError,
     LeaseLostError,
     PoolManagerError,
     SlotInUseError,
@@ -29,6 +30,9 @@ from repopool_async.open_leases import OpenLease, OpenLeases, describe_holder
 from repopool_async.slot_keeper import SlotKeeper
 
 _log: Final = logging.getLogger("repopool")
+
+_TAKE_BACK_SECONDS: Final = 5.0
+"""How long somebody who was interrupted may be kept because it cannot be noted that a lease came to nothing."""
 
 
 class Releaser:
@@ -135,7 +139,13 @@ class Releaser:
         if isinstance(error, CleanupError | UnkillableError) and not is_passing(error):
             await self._keeper.quarantine(grant, grant.slot, error)
             return
-        slot = await self._begin_return(grant)
+        try:
+            async with asyncio.timeout(_TAKE_BACK_SECONDS):
+                slot = await self._begin_return(grant)
+        except (TimeoutError, CoordinatorUnavailableError) as failure:
+            _log.warning("%s: left to recovery: %s", grant.slot.slot_id, str(failure) or "no answer in time")
+            await self._pool.parts.coordinator.abandon_hold(grant)
+            return
         self._keeper.clean_later(grant, slot)
 
     async def cut_off(self, opened: OpenLease) -> None:

@@ -9,11 +9,12 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 import attrs
 
-from repopool_async._aio import Deadline
+from repopool_async._aio import Deadline, together
 from repopool_async.acquiring import Acquirer
 from repopool_async.components import Components, PoolContext
 from repopool_async.config import PoolOptions
@@ -273,8 +274,7 @@ class RepoPool:
                 len(self.keeper.returning),
             )
         await self.keeper.stop()
-        for opened in self._leases:
-            await self._releaser.cut_off(opened)
+        await together(*[partial(self._releaser.cut_off, opened) for opened in self._leases])
         for mirror in self._mirrors():
             await mirror.aclose()
 
@@ -298,8 +298,8 @@ class RepoPool:
                 repo_name=self.name,
             )
         self.refuse()
-        stored = await self._parts.store.load_pool(self.name)
-        await self._parts.store.save_pool(attrs.evolve(stored, is_complete=False))
+        stored = await self._parts.records.load_pool(self.name)
+        await self._parts.records.save_pool(attrs.evolve(stored, is_complete=False))
         for slot in leased:
             await self._parts.coordinator.force_unlock(slot.slot_id)
         await self.watch.notice_lost()
@@ -316,4 +316,4 @@ class RepoPool:
             PoolNotFoundError: there is none.
         """
         await self.keeper.chores.erase()
-        await self._parts.store.delete_pool(self.name)
+        await self._parts.records.delete_pool(self.name)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from repopool_async._git import WORK_MARK
 from repopool_async.hosts.base import Host, RemoveFile
-from repopool_async.lock_manager import LockManager
+from repopool_async.shared_state import Locks
 
 
 class RepositoryLock:
@@ -18,7 +18,7 @@ class RepositoryLock:
         path: where it lies. locks, lock_id: what excludes other processes, and its name there.
     """
 
-    def __init__(self, path: str, *, host: Host, locks: LockManager, lock_id: str) -> None:
+    def __init__(self, path: str, *, host: Host, locks: Locks, lock_id: str) -> None:
         self._path = path
         self._host = host
         self._locks = locks

@@ -19,11 +19,11 @@ from repopool_async._codec import CodecError, dumps, loads
 from repopool_async._git import WORK_MARK, GitRunner, validate_branch_name
 from repopool_async.exceptions import RefError, SalvageNotFoundError
 from repopool_async.hosts.base import CopyFile, Discard, FileStep, Host, MakeDirectory, WriteFile
-from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CommandResult, GitResult, RestoredSalvage, SalvageRecord, Slot
 from repopool_async.repository_lock import RepositoryLock
 from repopool_async.salvage_reader import EXCLUDE_PROMISED, LeftWork, SalvageReader
+from repopool_async.shared_state import Locks
 from repopool_async.workspaces.base import WorkspaceStrategy
 
 SALVAGE_LOCKS: Final = "salvage-"
@@ -74,7 +74,7 @@ class Salvage:
         host: Host,
         git: GitRunner,
         mirror: Mirror,
-        locks: LockManager,
+        locks: Locks,
         workspace: WorkspaceStrategy,
         lock_id: str | None = None,
     ) -> None:

@@ -1,11 +1,15 @@
-"""What the processes of a pool share besides its slots: pool records, logs, and locks by name.
+"""What the processes of a pool share besides its slots: pool records, logs, locks by name, what is known of hosts.
 
 Files of one machine keep them (`SlotStore`, `LockManager`), or a database for many machines does
 (`coordination.postgres`). Where a slot's files lie is not among it: that is a matter of the host.
 """
 
+import uuid
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
+
+import attrs
 
 from repopool_async.models import AllocationRecord, CleanupResult, Pool, StaleLock
 
@@ -93,3 +97,47 @@ class Locks(Protocol):
             spared_prefix: locks whose names begin so (with any of several) keep what they know, because their next
                 holder must.
         """
+
+
+@attrs.frozen
+class Place:
+    """A directory on a machine as a database knows it.
+
+    Attributes:
+        name: of the host. place: the id that the directory bears. described: for people, by whoever named it first.
+    """
+
+    name: str
+    place: uuid.UUID
+    described: str
+
+
+class SharedHosts(Protocol):
+    """What managers on several machines agree on about hosts. Every verb raises `StoreError` where it cannot."""
+
+    @property
+    def where(self) -> str:
+        """Where that is kept, for people, without what is secret."""
+
+    async def identity(self) -> str:
+        """Return which database this is: 32 hexadecimal digits, its own for ever."""
+
+    async def records(self) -> dict[str, str]:
+        """Return what is recorded, by host."""
+
+    async def change(self, name: str, decide: Callable[[str | None], str | None]) -> bool:
+        """Replace what is recorded of a host by what is decided from it; returns whether that is something else.
+
+        Args:
+            decide: must be quick: everybody else waits. None stands for nothing.
+        """
+
+    async def settle(self, name: str, place: uuid.UUID, described: str) -> Place | None:
+        """Have a name mean a directory from now on, for every manager; None where it does.
+
+        Returns:
+            What stands against it: the directory that the name means already, or the name of this one.
+        """
+
+    async def forget(self, name: str) -> None:
+        """Have a name mean no directory any more."""

@@ -39,8 +39,8 @@ from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
 from repopool_async.run_as import RunAs
+from repopool_async.shared_state import PoolRecords
 from repopool_async.slot_setup import SlotSetup
-from repopool_async.slot_store import SlotStore
 from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
 
@@ -92,7 +92,7 @@ class SlotCleaner:
         git: GitOperations,
         *,
         workspace: WorkspaceStrategy | None = None,
-        store: SlotStore | None = None,
+        store: PoolRecords | None = None,
         callbacks: Callbacks | None = None,
         on_event: Callable[[str, dict[str, object]], None] | None = None,
         rebuild_always: bool = False,

@@ -8,7 +8,7 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final
@@ -22,6 +22,7 @@ from repopool_async.coordination.base import Hold
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
+    CoordinatorUnavailableError,
     GitOperationError,
     HostUnreachableError,
     LeaseLostError,
@@ -77,8 +78,9 @@ class SlotKeeper:
     async def stop(self) -> None:
         """Interrupt every cleaning; what is unfinished is left, unlocked, to recovery."""
         await self._tasks.cancel()
-        for slot_id, hold in list(self._holds.items()):  # of tasks cancelled before their first step
-            await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{slot_id}")
+        abandon = self._pool.parts.coordinator.abandon_hold
+        left = list(self._holds.values())  # of tasks cancelled before their first step
+        await shielded(together(*[partial(abandon, hold) for hold in left]), name="abandon")
         self._holds.clear()
         self._unclean.clear()
         self._returning.clear()
@@ -167,11 +169,13 @@ class SlotKeeper:
 
     async def _watch(self, hold: Hold, limit: asyncio.Timeout) -> None:
         held = Hold(hold.slot, hold.token, hold.lock)  # no longer a lease, which a grant is asked for
+        coordinator = self._pool.parts.coordinator
         while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            if not await self._pool.parts.coordinator.is_held(held):
-                limit.reschedule(0)
-                return
+            await asyncio.sleep(max(_WATCH_SECONDS, coordinator.poll_seconds[0]))
+            with suppress(CoordinatorUnavailableError):  # whoever takes it away meanwhile has to enter it on its host
+                if not await coordinator.is_held(held):
+                    limit.reschedule(0)
+                    return
 
     async def interrupt(self, slot_id: str) -> None:
         """End this process's cleaning of a slot that was taken away."""
@@ -302,10 +306,14 @@ class SlotKeeper:
         """
         found = await self.chores.check_mirrors()
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            problems = await self._check_slot(slot.slot_id)
+            problems = [] if self._pool.hosts.is_out(slot.host_id) else await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
+
+    async def taken_among(self, slot_ids: Collection[str]) -> set[str]:
+        """Return those of the slots that somebody alive works on, or has leased."""
+        return await self._pool.parts.coordinator.taken_among(slot_ids)
 
     async def _check_slot(self, slot_id: str) -> list[str]:
         hold = await self._take(slot_id, SlotState.AVAILABLE)
@@ -326,7 +334,7 @@ class SlotKeeper:
     async def drain(self) -> None:
         """Make the trees of all unleased slots anew."""
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            if slot.state is not SlotState.ALLOCATED:
+            if slot.state is not SlotState.ALLOCATED and not self._pool.hosts.is_out(slot.host_id):
                 with suppress(SlotInUseError, SlotNotFoundError):  # it has just been leased or removed
                     await self.repair_slot(slot.slot_id)
 
@@ -425,6 +433,8 @@ class SlotKeeper:
         """
         dropped = []
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
+            if self._pool.hosts.is_out(slot.host_id):
+                continue
             hold = await self._take(slot.slot_id, SlotState.ERROR)
             if hold is None:
                 continue

@@ -63,7 +63,7 @@ class SlotMaker:
 
     async def _in_use(self) -> Counter[str]:
         parts = self._pool.parts
-        names = await parts.store.list_pools()
+        names = await parts.records.list_pools()
         used: Counter[str] = Counter()
         for name in names:
             used.update(slot.host_id for slot in await parts.coordinator.list_slots(name))
@@ -107,7 +107,7 @@ class SlotMaker:
         """
         slot, coordinator = hold.slot, self._pool.parts.coordinator
         try:
-            if slot.host_id != LOCAL_HOST:  # else the files lie beside the record, and go with it
+            if slot.host_id != self._pool.parts.recorded_on:  # there the files lie beside the record, and go with it
                 slot = await coordinator.update(hold, cleaning(slot))
                 await self._delete_files(slot)
             await coordinator.delete(hold)

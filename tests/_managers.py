@@ -209,15 +209,55 @@ class _Served:
         self._manager = manager
         self._leases: dict[str, LeasedSlot] = {}
 
-    async def create(self, url: str, num_slots: int) -> None:
-        await self._manager.create_pool(REPO, url, num_slots=num_slots, fetch_on_allocate=False)
+    async def create(self, url: str, num_slots: int, **options: Any) -> None:
+        await self._manager.create_pool(REPO, url, num_slots=num_slots, fetch_on_allocate=False, **options)
 
     async def allocate(self, timeout: float, ttl: float | None) -> dict[str, Any] | None:
         slot = await self._manager.allocate_slot(REPO, timeout=timeout, detached=ttl is not None, ttl=ttl)
         if slot is None:
             return None
         self._leases[slot.lease_id] = slot
-        return {"slot_id": slot.slot_id, "token": slot.token, "lease_id": slot.lease_id, "path": str(slot.path)}
+        return {
+            "slot_id": slot.slot_id,
+            "token": slot.token,
+            "lease_id": slot.lease_id,
+            "path": str(slot.path),
+            "host_id": slot.host_id,
+        }
+
+    async def run(self, lease_id: str, *, argv: list[str]) -> str:
+        return (await self._leases[lease_id].run(*argv)).text
+
+    async def lease_often(self, times: int, at_once: int, marks: str) -> int:
+        """Take and give back slots, several at once; returns how often another had a slot at the same time."""
+        counts = await asyncio.gather(*[self._lease_in_turn(times, Path(marks)) for _ in range(at_once)])
+        return sum(counts)
+
+    async def _lease_in_turn(self, times: int, marks: Path) -> int:
+        twice = 0
+        for _ in range(times):
+            async with self._manager.lease(REPO, timeout=60) as slot:
+                mark = marks / slot.slot_id
+                try:
+                    os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    twice += 1
+                    continue
+                await slot.run("sh", "-c", "echo dirt >untracked; git rev-parse HEAD")
+                mark.unlink()
+        return twice
+
+    async def is_lost(self, lease_id: str) -> bool:
+        return self._leases[lease_id].lost.is_set()
+
+    async def drain_host(self, name: str) -> None:
+        await self._manager.drain_host(name)
+
+    async def hosts(self) -> dict[str, str]:
+        return {host.host_id: host.condition for host in await self._manager.list_hosts()}
+
+    async def salvaged(self) -> list[str]:
+        return [record.lease_id for record in await self._manager.list_salvage(REPO)]
 
     async def release(self, lease_id: str) -> None:
         await self._manager.release_slot(self._leases[lease_id])

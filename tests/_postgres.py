@@ -20,6 +20,9 @@ from typing import Any, Self
 import asyncpg
 import pytest
 
+from repopool_async.coordination._pg_database import Database
+from repopool_async.coordination._pg_migrations import migrate
+
 SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -146,6 +149,16 @@ class Server:
     def remove(self) -> None:
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    async def make_database(self, name: str) -> None:
+        """Make a role, and a database of its own with the schema; once for a server."""
+        async with self.admin() as connection:
+            await connection.execute("CREATE ROLE repopool LOGIN")
+            await connection.execute(f"CREATE DATABASE {name} OWNER repopool")
+        database = Database(self.dsn(name))
+        await database.open()
+        await migrate(database)
+        await database.close()
 
     @asynccontextmanager
     async def admin(self, database: str = "postgres") -> AsyncIterator[Any]:

@@ -336,6 +336,8 @@ class TestCredentials:
             "pools: {web: {repo_url: /x, remotes: {'URL': URL}}}",
             "pools: {web: {repo_url: /x, remotes: {a: '-URL'}}}",
             "pools: {web: {repo_url: /x, coordination: URL, webhooks: [URL], hosts: [URL]}}",
+            "coordination: URL",
+            "coordination: {dsn: URL, listen_dsn: [URL], 'URL': 1, type: 'URL'}",
             'workspaces_dir: "URL\\n"',
             "allow_protocols: [URL]",
             "allow_protocols: [git]\npools: {web: {repo_url: URL}}",

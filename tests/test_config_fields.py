@@ -31,7 +31,6 @@ SAMPLES: dict[str, Any] = {
     "rebuild_always": True,
     "leak_warning": "5m",
     "hosts": ["build1"],
-    "coordination": "postgresql://db/pools",
     "webhooks": ["https://example.org/hook"],
 }
 
@@ -142,4 +141,5 @@ class TestDescriptions:
             "janitor_interval",
             "allow_protocols",
             "watch",
+            "coordination",
         ]

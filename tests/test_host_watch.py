@@ -157,6 +157,20 @@ async def test_who_waits_already_is_not_given_a_slot_on_a_host_that_is_drained_m
     await manager.release_slot(slot)  # closing would wait for it
 
 
+async def test_who_waits_already_is_given_a_slot_on_a_host_that_is_back(manager: PoolManager, origin: Path) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["a", "b"])
+    await manager.drain_host("a")
+    held = await pool.allocate()
+    assert held is not None
+    waiter = asyncio.get_running_loop().create_task(pool.allocate(timeout=60))
+    while not pool.stats()["waiting"]:
+        await asyncio.sleep(0)
+    await manager.resume_host("a")
+    slot = await waiter
+    assert slot is not None
+    assert slot.host_id == "a"
+
+
 async def test_other_processes_see_what_becomes_of_a_host(
     manager: PoolManager, hosts: list[HostSpec], origin: Path, tmp_path: Path
 ) -> None:

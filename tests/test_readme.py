@@ -10,6 +10,7 @@ import pytest
 import repopool_async
 from repopool_async.cli import ExitStatus
 from repopool_async.config import PoolConfig, PoolOptions
+from repopool_async.config_coordination import Coordination
 from repopool_async.config_fields import OptionInfo, describe
 from repopool_async.config_hosts import HostSpec
 
@@ -37,9 +38,9 @@ def row(info: OptionInfo) -> str:
     return f"| `{info.key}` | `{default_in_yaml(info)}` | {info.help} |"
 
 
-@pytest.mark.parametrize("kind", [PoolConfig, HostSpec, PoolOptions])
+@pytest.mark.parametrize("kind", [PoolConfig, HostSpec, Coordination, PoolOptions])
 def test_every_option_is_in_the_table_with_its_default(
-    kind: type[PoolConfig] | type[HostSpec] | type[PoolOptions],
+    kind: type[PoolConfig] | type[HostSpec] | type[Coordination] | type[PoolOptions],
 ) -> None:
     rows = [row(info) for info in describe(kind) if info.is_supported]
 

@@ -151,7 +151,7 @@ def _add_db(verbs: Any) -> None:
         add("migrate", "apply the migrations that are missing"),
         add("status", "show the schema's version; the exit status is 1 where it is not the one wanted"),
     ):
-        parser.add_argument("--dsn", help="postgresql://… (default: REPOPOOL_DSN)")
+        parser.add_argument("--dsn", help="postgresql://… (default: coordination of --config, else REPOPOOL_DSN)")
 
 
 def _add_hosts(verbs: Any) -> None:

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
+from repopool_async.cli._common import configuration
 from repopool_async.cli._signals import Handler, Interruption
+from repopool_async.config_coordination import DSN_VARIABLE
 from repopool_async.coordination._pg_database import Database
 from repopool_async.coordination._pg_migrations import SchemaStatus, migrate, status
 from repopool_async.exceptions import ConfigError
 
-DSN_VARIABLE: Final = "REPOPOOL_DSN"
 NOT_CURRENT: Final = 1
 
 _MIGRATION_SECONDS: Final = 3600.0
@@ -60,11 +61,13 @@ def _in_words(present: SchemaStatus) -> str:
 
 
 def _dsn(arguments: Namespace) -> str:
-    """Return the DSN that is given, else the one of the environment; raises `ConfigError` where there is none."""
-    given = arguments.dsn or os.environ.get(DSN_VARIABLE)
+    """Return the DSN that is given, of the configuration file or the environment; `ConfigError` where there is none."""
+    configured = configuration(arguments).coordination if arguments.config is not None else None
+    given = arguments.dsn or (configured and configured.dsn) or os.environ.get(DSN_VARIABLE)
     if not given:
         raise ConfigError(
-            f"which database? give --dsn, or set {DSN_VARIABLE}, which other users of this machine cannot read"
+            f"which database? give --dsn or a --config with coordination, or set {DSN_VARIABLE}, which other users of "
+            f"this machine cannot read"
         )
     return str(given)
 

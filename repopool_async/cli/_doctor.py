@@ -18,8 +18,9 @@ from repopool_async._mounts import file_system_type
 from repopool_async.cli import _status
 from repopool_async.cli._common import configuration, on_one_line, only
 from repopool_async.cli._signals import Handler, Interruption
+from repopool_async.common_state import CommonState
 from repopool_async.config import PoolConfig, PoolOptions
-from repopool_async.exceptions import PoolManagerError
+from repopool_async.exceptions import CoordinatorUnavailableError, PoolManagerError
 from repopool_async.hosts.local import LocalHost
 from repopool_async.housekeeping import left_overs, total_size
 from repopool_async.lock_manager import LockManager
@@ -28,7 +29,7 @@ from repopool_async.models import SlotState
 from repopool_async.pool_manager import PoolManager
 from repopool_async.pool_registry import name_lock
 from repopool_async.salvage import SALVAGE_LOCKS
-from repopool_async.slot_store import SlotStore
+from repopool_async.store_layout import StoreLayout
 
 STILL_WRONG: Final = 1
 
@@ -74,15 +75,28 @@ async def _fix(config: PoolConfig) -> None:
 async def _examine(config: PoolConfig) -> AsyncIterator[Finding]:
     async for finding in _examine_machine(config):
         yield finding
-    store = SlotStore(config.workspaces_dir)
-    locks = LockManager(store.locks_directory)
-    for name in await store.list_pools():
-        try:
-            async for finding in _examine_pool(store, locks, name):
+    try:
+        async with _status.opened(config) as state:
+            if state.admission.is_shared:
+                yield Finding(f"database {state.where}")
+            async for finding in _examine_pools(state, StoreLayout(config.workspaces_dir)):
                 yield finding
+    except CoordinatorUnavailableError as error:
+        yield Finding(str(error), is_wrong=True)
+
+
+async def _examine_pools(state: CommonState, layout: StoreLayout) -> AsyncIterator[Finding]:
+    for name in await state.records.list_pools():
+        try:
+            async for finding in _examine_pool(state, layout, name):
+                yield finding
+        except CoordinatorUnavailableError:
+            raise
         except PoolManagerError as error:
             yield Finding(str(error), is_wrong=True)
-    for stale in await locks.detect_stale_locks():
+    if not isinstance(state.locks, LockManager):
+        return  # in a database a lock ends with its holder
+    for stale in await state.locks.detect_stale_locks():
         if stale.slot_id.startswith((MIRROR_LOCKS, SALVAGE_LOCKS)):
             continue  # the next holder sees it and clears up
         who = f"pid {stale.owner.pid} on {stale.owner.host}" if stale.owner else "somebody"
@@ -109,13 +123,13 @@ async def _examine_machine(config: PoolConfig) -> AsyncIterator[Finding]:
     yield Finding(f"git commands at once: at most {config.git_process_limit}")
 
 
-async def _examine_pool(store: SlotStore, locks: LockManager, name: str) -> AsyncIterator[Finding]:
-    (view,) = await _status.look(store, name)
+async def _examine_pool(state: CommonState, layout: StoreLayout, name: str) -> AsyncIterator[Finding]:
+    (view,) = await _status.look(state, name)
     options = PoolOptions.from_mapping(view.pool.options)
     busy = view.count(SlotState.ALLOCATED)
     drained = ", drained (removed from the configuration)" if view.pool.is_drained else ""
     yield Finding(f"{name}: {len(view.slots)} slots, {busy} leased{drained}")
-    if not (view.pool.is_complete or view.pool.is_drained or await locks.is_locked(name_lock(name))):
+    if not (view.pool.is_complete or view.pool.is_drained or await state.locks.is_locked(name_lock(name))):
         have = f"has {len(view.slots)} of {view.pool.num_slots} slots"
         yield Finding(f"{name}: {have}, and whoever was making the others died or could not", is_wrong=True)
     for one in view.slots:
@@ -129,17 +143,17 @@ async def _examine_pool(store: SlotStore, locks: LockManager, name: str) -> Asyn
             if hours >= options.stale_lock_hours:
                 who = f"pid {one.lease.owner.pid} on {one.lease.owner.host}"
                 yield Finding(f"{slot.slot_id}: leased for {hours:.1f} hours by {who}", is_wrong=True)
-    for left_over in await in_thread(left_overs, store.workspaces_directory, name):
-        if left_over.lock_id is not None and await locks.is_locked(left_over.lock_id):
+    for left_over in await in_thread(left_overs, layout.workspaces_directory, name):
+        if left_over.lock_id is not None and await state.locks.is_locked(left_over.lock_id):
             continue  # somebody is making it
         days = left_over.age_seconds / 86400
         yield Finding(f"{left_over.path}: {left_over.kind}, abandoned {days:.1f} days ago", is_wrong=True)
-    yield await _disk(store, name, options.disk_limit)
+    yield await _disk(layout, name, options.disk_limit)
 
 
-async def _disk(store: SlotStore, name: str, limit: int | None) -> Finding:
-    used = await in_thread(total_size, store.pool_directory(name))
-    trash = await in_thread(total_size, store.trash_path(name))
+async def _disk(layout: StoreLayout, name: str, limit: int | None) -> Finding:
+    used = await in_thread(total_size, layout.pool_directory(name))
+    trash = await in_thread(total_size, layout.trash_path(name))
     bound = f" of {_mib(limit)}" if limit is not None else ""
     is_over = limit is not None and used > limit
     return Finding(f"{name}: {_mib(used)}{bound} on disk, {_mib(trash)} of that trash", is_wrong=is_over)

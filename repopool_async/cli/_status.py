@@ -1,14 +1,16 @@
 """`repopool status`: what the records and locks say, as tables or JSON.
 
 It reads and changes nothing: no pool is opened, no lock is taken, so it works beside any number of processes that hold
-leases, and after one that died. The shape of the JSON is part of the interface: keys are added, never changed.
+leases, and after one that died. Of pools in a database it shows those of all managers. The shape of the JSON is part of
+the interface: keys are added, never changed.
 """
 
 import importlib.util
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
 
@@ -18,10 +20,10 @@ from repopool_async._clock import boottime
 from repopool_async._identity import boot_id, host_name
 from repopool_async.cli._common import configuration, in_words, on_one_line
 from repopool_async.cli._signals import Handler, Interruption
+from repopool_async.common_state import CommonState
+from repopool_async.config import PoolConfig
 from repopool_async.exceptions import PoolNotFoundError
-from repopool_async.lock_manager import LockManager
 from repopool_async.models import Lease, Pool, Slot, SlotState
-from repopool_async.slot_store import SlotStore
 
 JSON_VERSION: Final = 1
 
@@ -59,37 +61,48 @@ class _PoolView:
 async def status(arguments: Namespace, _: Interruption) -> int:
     """Print the pools."""
     config = configuration(arguments)
-    store = SlotStore(config.workspaces_dir)
-    views = await look(store, arguments.pool)
+    async with opened(config) as state:
+        views = await look(state, arguments.pool)
     if arguments.json:
-        print(json.dumps(_as_json(store.workspaces_directory, views), indent=2, ensure_ascii=False))
+        print(json.dumps(_as_json(str(config.workspaces_dir), views), indent=2, ensure_ascii=False))
     elif not views:
-        print(f"no pools in {store.workspaces_directory}")
+        print(f"no pools in {state.where}")
     else:
         _print_tables(views)
     return 0
 
 
-async def look(store: SlotStore, only: str | None) -> list[_PoolView]:
-    """Return the pools of a directory, or the one that is named, as they are now; changes nothing."""
-    names = await store.list_pools()
+@asynccontextmanager
+async def opened(config: PoolConfig) -> AsyncIterator[CommonState]:
+    """Give for the block what a configuration's managers have in common; raises as `CommonState.open`."""
+    state = CommonState.of(config)
+    await state.open()
+    try:
+        yield state
+    finally:
+        await state.close()
+
+
+async def look(state: CommonState, only: str | None) -> list[_PoolView]:
+    """Return all pools, or the one that is named, as they are now; changes nothing."""
+    names = await state.records.list_pools()
     if only is not None and only not in names:
         known = ", ".join(names) or "there are none"
-        raise PoolNotFoundError(
-            f"there is no pool {only!r} in {store.workspaces_directory} (pools: {known})", repo_name=only
-        )
-    return [await _look_at(store, name) for name in ([only] if only is not None else names)]
+        raise PoolNotFoundError(f"there is no pool {only!r} in {state.where} (pools: {known})", repo_name=only)
+    return [await _look_at(state, name) for name in ([only] if only is not None else names)]
 
 
-async def _look_at(store: SlotStore, name: str) -> _PoolView:
-    locks = LockManager(store.locks_directory)
+async def _look_at(state: CommonState, name: str) -> _PoolView:
     views = []
-    for listed in await store.list_slots(name):
-        is_locked = await locks.is_locked(listed.slot_id)
-        # The lock was looked at after the record, so a slot given back in between would look orphaned: read it again.
-        slot = listed if is_locked else await store.load_slot(listed.slot_id)
-        views.append(_SlotView(slot, is_locked, not is_locked and _is_unheld(slot)))
-    return _PoolView(await store.load_pool(name), tuple(views))
+    slots = await state.coordinator.list_slots(name)
+    taken = await state.coordinator.taken_among([slot.slot_id for slot in slots])
+    for listed in slots:
+        is_locked = listed.slot_id in taken
+        is_doubtful = not is_locked and _is_unheld(listed)
+        # Whether it is held was looked at after the record, so a slot given back in between would look orphaned.
+        slot = await state.coordinator.get_slot(listed.slot_id) if is_doubtful else listed
+        views.append(_SlotView(slot, is_locked, is_doubtful and _is_unheld(slot)))
+    return _PoolView(await state.records.load_pool(name), tuple(views))
 
 
 def _is_unheld(slot: Slot) -> bool:
@@ -130,6 +143,7 @@ def _slot_json(view: _SlotView) -> dict[str, Any]:
         "state": slot.state.value,
         "is_locked": view.is_locked,
         "is_orphaned": view.is_orphaned,
+        "host_id": slot.host_id,
         "path": slot.path,
         "commit": commit,
         "branch": branch,

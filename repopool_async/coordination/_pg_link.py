@@ -30,6 +30,8 @@ TTL_SECONDS: Final = 30.0
 _SWEEP_SECONDS: Final = 60.0
 _RETRY_SECONDS: Final = (0.05, 1.0)
 _GOODBYE_SECONDS: Final = 1.0
+_HURRY_SECONDS: Final = 1.0
+_GIVE_UP_SECONDS: Final = 1.0
 
 _log: Final = logging.getLogger("repopool")
 
@@ -56,6 +58,7 @@ class Link:
         self._waiting: dict[str, Callable[[], object]] = {}
         self._tasks = TaskSet("reaper")
         self._is_open = False
+        self._is_hurried = False
 
     async def open(self) -> None:
         """Connect, check the schema, and make this process known.
@@ -78,6 +81,11 @@ class Link:
             raise
         self._is_open = True
         self._tasks.spawn(self._reap_for_ever(), name="reap")
+
+    def hurry(self) -> None:
+        """Have calls end soon from now on, and ask nothing twice."""
+        self._is_hurried = True
+        self.database.call_seconds = min(self.database.call_seconds, _HURRY_SECONDS)
 
     async def close(self) -> None:
         """Leave the database in good order, as far as it answers within a second; what is still held is given up."""
@@ -158,16 +166,17 @@ class Link:
             try:
                 return await self.ask(what, statement, *arguments, *([is_repeated] if tells_repetition else []))
             except CoordinatorUnavailableError:
-                if deadline.is_expired or not self._is_open:
+                if deadline.is_expired or self._is_hurried or not self._is_open:
                     raise
             is_repeated = True
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(2 * pause, _RETRY_SECONDS[1])
 
     async def give_up(self, debt: Debt) -> None:
-        """Pay a debt: now, or as soon as the database answers."""
-        with suppress(CoordinatorUnavailableError):
-            await self.database.execute("give back", debt.statement, *debt.arguments, debt=debt)
+        """Pay a debt: now, or as soon as the database answers; nobody waits for that longer than a moment."""
+        with suppress(CoordinatorUnavailableError, TimeoutError):
+            async with asyncio.timeout(_GIVE_UP_SECONDS):
+                await self.database.execute("give back", debt.statement, *debt.arguments, debt=debt)
 
     @contextmanager
     def session_expiry_told(self) -> Iterator[None]:

@@ -132,6 +132,9 @@ class Coordinator(Protocol):
     def poll_seconds(self) -> tuple[float, float]:
         """The first and the longest pause between two looks of one that waits; long where it is told of changes."""
 
+    def hurry(self) -> None:
+        """Fail from now on rather than wait or try again: the process ends, and what it held is given up with it."""
+
     # Claiming
 
     async def claim(
@@ -195,6 +198,9 @@ class Coordinator(Protocol):
 
     async def lost_among(self, holds: Collection[AnyHold]) -> list[AnyHold]:
         """Return those that do not stand any more, as `is_held` would say of each; asks once for all."""
+
+    async def taken_among(self, slot_ids: Collection[str]) -> set[str]:
+        """Return those of the slots that somebody alive works on, or has leased for as long as that process lives."""
 
     async def raise_token(self, hold: Hold, above: int) -> int:
         """Give a hold, its slot and its lease a token higher than `above`, and return it.

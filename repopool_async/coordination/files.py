@@ -52,6 +52,7 @@ class FileCoordinator:
         clock: Callable[[], float] = boottime,
     ) -> None:
         self._store = store
+        self._locks = locks
         self._on_event = on_event
         self._clock = clock
         self._ledger = Ledger(store, locks, clock)
@@ -60,6 +61,9 @@ class FileCoordinator:
     def poll_seconds(self) -> tuple[float, float]:
         """See `Coordinator`."""
         return _POLL_SECONDS
+
+    def hurry(self) -> None:
+        """See `Coordinator.hurry`; no file makes anybody wait."""
 
     # Claiming
 
@@ -119,6 +123,10 @@ class FileCoordinator:
     async def lost_among(self, holds: Collection[AnyHold]) -> list[AnyHold]:
         """See `Coordinator.lost_among`."""
         return await self._do(lambda: [hold for hold in holds if not self._ledger.is_held(hold)])
+
+    async def taken_among(self, slot_ids: Collection[str]) -> set[str]:
+        """See `Coordinator.taken_among`."""
+        return {slot_id for slot_id in slot_ids if await self._locks.is_locked(slot_id)}
 
     async def raise_token(self, hold: Hold, above: int) -> int:
         """See `Coordinator.raise_token`."""

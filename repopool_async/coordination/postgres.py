@@ -32,6 +32,7 @@ from repopool_async.coordination._pg_changes import (
 )
 from repopool_async.coordination._pg_database import CALL_SECONDS
 from repopool_async.coordination._pg_debts import Debt
+from repopool_async.coordination._pg_hosts import PostgresHosts
 from repopool_async.coordination._pg_link import TTL_SECONDS, Link
 from repopool_async.coordination._pg_locks import PostgresLocks
 from repopool_async.coordination._pg_records import PostgresRecords
@@ -81,6 +82,7 @@ class PostgresCoordinator:
 
     Attributes:
         records: pool records and logs of the same database. locks: locks by name, for as long as the session lives.
+        hosts: what is known of the machines that hold slots.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class PostgresCoordinator:
         self._slots = SlotTable(self._link)
         self.records: Final = PostgresRecords(self._link)
         self.locks: Final = PostgresLocks(self._link)
+        self.hosts: Final = PostgresHosts(self._link)
 
     async def open(self) -> None:
         """Connect and make this process known.
@@ -115,6 +118,10 @@ class PostgresCoordinator:
                 schema is of another version (`repopool db migrate`).
         """
         await self._link.open()
+
+    def hurry(self) -> None:
+        """See `Coordinator.hurry`."""
+        self._link.hurry()
 
     async def close(self) -> None:
         """Give up what is still held and leave; within about two seconds, whether the database answers or not."""
@@ -228,6 +235,15 @@ class PostgresCoordinator:
         )
         found = {row["slot_id"]: row for row in rows}
         return [hold for hold in holds if not _stands(hold, found.get(hold.slot.slot_id))]
+
+    async def taken_among(self, slot_ids: Collection[str]) -> set[str]:
+        """See `Coordinator.taken_among`."""
+        rows = await self._link.database.fetch(
+            "ask who is at work",
+            "SELECT slot_id FROM repopool.slot JOIN repopool.session USING (session_id) WHERE slot_id = ANY ($1)",
+            list(slot_ids),
+        )
+        return {row["slot_id"] for row in rows}
 
     async def raise_token(self, hold: Hold, above: int) -> int:
         """See `Coordinator.raise_token`."""

@@ -6,11 +6,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import attrs
 import pytest
 
+from repopool_async import HostSpec, PoolConfig, PoolManager
 from repopool_async._clock import boottime, now
-from repopool_async.coordination._pg_database import Database
-from repopool_async.coordination._pg_migrations import migrate
+from repopool_async.config_coordination import Coordination
 from repopool_async.coordination.base import Coordinator
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.coordination.postgres import PostgresCoordinator
@@ -19,10 +20,14 @@ from repopool_async.models import Pool, Slot
 from repopool_async.shared_state import Locks, PoolRecords
 from repopool_async.slot_store import SlotStore
 from tests._postgres import Server
+from tests._switched import SwitchedHost
 from tests._workers import REPO, make_slot, settle
 
 DATABASE = "shared"
-TABLES = ("waiter", "slot", "pool", "history", "named_lock", "session", "incarnation")
+TABLES = ("waiter", "slot", "pool", "history", "named_lock", "session", "incarnation", "host")
+TTL = 2.0
+"""Seconds of silence after which a manager of a fleet is taken for dead."""
+TAKEOVER_SECONDS = 30.0
 Events = list[tuple[str, dict[str, object]]]
 
 
@@ -148,7 +153,7 @@ def cluster() -> Iterator[Server]:
     made = Server.make()
     try:
         made.start()
-        asyncio.run(_make_database(made))
+        asyncio.run(made.make_database(DATABASE))
         made.stop()
         yield made
     finally:
@@ -176,16 +181,6 @@ def _copy(cluster: Server) -> Iterator[Server]:
         made.remove()
 
 
-async def _make_database(server: Server) -> None:
-    async with server.admin() as connection:
-        await connection.execute("CREATE ROLE repopool LOGIN")
-        await connection.execute(f"CREATE DATABASE {DATABASE} OWNER repopool")
-    database = Database(server.dsn(DATABASE))
-    await database.open()
-    await migrate(database)
-    await database.close()
-
-
 @pytest.fixture
 async def postgres(server: Server) -> AsyncIterator[PostgresPlace]:
     """A database, empty but for its schema, in which coordinators meet; they are closed afterwards."""
@@ -209,3 +204,39 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 @pytest.fixture
 def events() -> Events:
     return []
+
+
+@attrs.define
+class Fleet:
+    """Two hosts, one database, and as many managers as a test wants; they are closed afterwards."""
+
+    directory: Path
+    dsn: str
+    stack: AsyncExitStack
+
+    def config(self, number: int, **options: Any) -> PoolConfig:
+        coordination = Coordination(dsn=options.pop("dsn", self.dsn), session_ttl=options.pop("ttl", TTL))
+        options = {"janitor_interval": 3600, "close_timeout": 5, **options}
+        return PoolConfig(self.directory / f"manager{number}", coordination=coordination, **options)
+
+    def hosts(self, **switched: SwitchedHost) -> list[HostSpec]:
+        return [
+            HostSpec(name, address="local", workspaces_dir=str(self.directory / name), host=switched.get(name))
+            for name in ("a", "b")
+        ]
+
+    async def manager(self, number: int, hosts: list[HostSpec] | None = None, **options: Any) -> PoolManager:
+        manager = PoolManager(self.config(number, **options), hosts=self.hosts() if hosts is None else hosts)
+        return await self.stack.enter_async_context(manager)
+
+
+@pytest.fixture
+async def fleet(postgres: PostgresPlace, tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        yield Fleet(tmp_path, postgres.dsn, stack)
+
+
+@pytest.fixture
+async def own_fleet(own_server: Server, tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        yield Fleet(tmp_path, own_server.dsn(DATABASE), stack)

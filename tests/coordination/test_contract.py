@@ -101,6 +101,18 @@ async def test_a_returned_slot_is_available_again_with_its_use_counted(coordinat
     assert records[1].held_seconds == pytest.approx(5, abs=1)
 
 
+async def test_who_works_on_which_slot_can_be_asked_of_all_at_once(
+    coordinator: Coordinator, other: Coordinator
+) -> None:
+    ids = [slot.slot_id for slot in await coordinator.list_slots(REPO)]
+    assert await coordinator.taken_among(ids) == set()
+    one, two = await claimed(coordinator), await claimed(other)
+    assert await coordinator.taken_among(ids) == {one.slot.slot_id, two.slot.slot_id}
+    assert await other.taken_among([one.slot.slot_id]) == {one.slot.slot_id}
+    await give_back(other, two)
+    assert await coordinator.taken_among([*ids, "workspace-web-slot99"]) == {one.slot.slot_id}
+
+
 async def test_every_lease_has_a_higher_token(coordinator: Coordinator, other: Coordinator) -> None:
     tokens: dict[str, list[int]] = {}
     for index in range(10):
