@@ -26,7 +26,8 @@ def guard_of(slot: Slot) -> Guard:
 async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str | None) -> Slot:
     """Enter a held slot on its host, and return its record with the token that it entered with.
 
-    Whoever cleaned it has left it: nothing runs there, unless the records have lost who does.
+    Whoever cleaned it has left it: nothing runs there, unless the records have lost who does. The host tells where they
+    have, by its higher token; but not where tokens that nobody entered with have been given since, so then it kills.
 
     Args:
         session: in whose name; None for a lease that outlives its process, or whose host ends with it.
@@ -35,7 +36,7 @@ async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str |
         LeaseLostError: the hold was taken away. UnkillableError: something there does not die.
         HostUnreachableError: the host does not answer.
     """
-    kills = False
+    kills = hold.token != hold.slot.settled_token + 1
     while True:
         try:
             await host.enter(slot_directory(hold.slot), hold.token, session, kills=kills)
@@ -43,15 +44,21 @@ async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str |
             await coordinator.raise_token(hold, max(error.top, hold.token))
             kills = True
         else:
+            hold.entered_token = hold.token
             return attrs.evolve(hold.slot, token=hold.token)
 
 
 async def leave(host: Host, coordinator: Coordinator, hold: Hold) -> Slot:
     """See that nothing of earlier leases runs in a held slot, nor starts there again; returns its record.
 
+    Who has not entered it does so first: one token enters once, but any number could leave under it where the records
+    have lost that it was given before.
+
     Raises as `enter`.
     """
     while True:
+        if hold.entered_token != hold.token:
+            await enter(host, coordinator, hold, None)
         try:
             await host.leave(slot_directory(hold.slot), hold.token)
         except FencedError as error:

@@ -138,6 +138,8 @@ class Slot:
         path: the tree, on its host; never changes.
         state: see `SlotState`. error: why the slot is in ERROR.
         token: the highest lease token ever given; grows for ever.
+        settled_token: the one it had when it was last verified clean; whatever ran there under it or lower ones had
+            been ended.
         lease: the present lease while ALLOCATED, the last one while CLEANING, else None.
         seal: present while the tree is verified clean.
         allocation_count, total_allocated_seconds: usage (5.3).
@@ -163,6 +165,7 @@ class Slot:
     unsaved: str | None = None
     host_id: str = LOCAL_HOST
     labels: tuple[str, ...] = ()
+    settled_token: int = 0
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 

@@ -117,6 +117,7 @@ class Releaser:
 
     async def _release_detached(self, slot_id: str, token: int) -> None:
         hold = await self._pool.parts.coordinator.release_detached(slot_id, token)
+        hold.entered_token = token  # by its lessee, before anybody knew it
         lease_id = hold.slot.lease.lease_id if hold.slot.lease else None
         self._pool.parts.emit("slot.released", {"slot_id": slot_id, "lease_id": lease_id})
         self._keeper.clean_later(hold, hold.slot)

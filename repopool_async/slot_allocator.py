@@ -90,7 +90,14 @@ def available(slot: Slot, seal: Seal, now: datetime) -> Slot:
     """Return the record of a slot that was verified clean."""
     last_used_at = slot.last_used_at if slot.lease is None else now
     return attrs.evolve(
-        slot, state=SlotState.AVAILABLE, lease=None, seal=seal, error=None, last_used_at=last_used_at, unsaved=None
+        slot,
+        state=SlotState.AVAILABLE,
+        lease=None,
+        seal=seal,
+        error=None,
+        last_used_at=last_used_at,
+        unsaved=None,
+        settled_token=slot.token,
     )
 
 

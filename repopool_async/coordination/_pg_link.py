@@ -21,6 +21,7 @@ from repopool_async._identity import this_process
 from repopool_async.coordination._pg_database import CALL_SECONDS, Database
 from repopool_async.coordination._pg_debts import Debt
 from repopool_async.coordination._pg_errors import SessionExpiredError
+from repopool_async.coordination._pg_holds import KnownHolds, give_back_unknown
 from repopool_async.coordination._pg_migrations import require_current
 from repopool_async.coordination._pg_session import Session
 from repopool_async.coordination.base import OnEvent
@@ -51,6 +52,7 @@ class Link:
     ) -> None:
         self.database: Final = Database(dsn, max_connections=max_connections, call_seconds=call_seconds)
         self.session: Session
+        self.holds: Final = KnownHolds()
         self.grace_seconds = ttl / 3
         self._listen_dsn = listen_dsn
         self._ttl = ttl
@@ -207,8 +209,10 @@ class Link:
         """End the sessions of dead processes, and return how many; what they held are orphans, or free, from now on.
 
         Args:
-            is_full: look also for what ended sessions left behind.
+            is_full: look also for what ended sessions left behind, and for what is held by ours and unknown to us.
         """
+        if is_full:
+            await give_back_unknown(self.database, self.holds, self.session.session_id)
         row = await self.database.fetch_row(
             "reap sessions",
             "CALL repopool.reap($1, $2, $3, NULL)",

@@ -91,7 +91,7 @@ class HeldSlot:
 
     def __init__(self, slot: Slot, hold_id: uuid.UUID, on_lost_sight: Callable[[Debt], object]) -> None:
         self.hold_id: Final = hold_id
-        self.debt: Final = Debt(hold_id, LET_GO, (slot.slot_id, slot.repo_name, hold_id))
+        self.debt: Final = letting_go(slot.slot_id, slot.repo_name, hold_id)
         self._finalizer = weakref.finalize(self, on_lost_sight, self.debt)
         self._finalizer.atexit = False
 
@@ -112,6 +112,11 @@ def abandoning(repo_name: str, hold_id: uuid.UUID, *, is_new: bool = False) -> D
         is_new: the slot was being made, and goes.
     """
     return Debt(hold_id, ABANDON, (repo_name, hold_id, is_new))
+
+
+def letting_go(slot_id: str, repo_name: str, hold_id: uuid.UUID) -> Debt:
+    """Return what leaves a held slot as it is."""
+    return Debt(hold_id, LET_GO, (slot_id, repo_name, hold_id))
 
 
 class Reader:

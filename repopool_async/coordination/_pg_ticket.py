@@ -6,6 +6,7 @@ only says that it is worth looking. So a lost one costs a poll and nothing else.
 
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -45,14 +46,17 @@ class PostgresTicket:
         self._debt: Final = abandoning(repo_name, self._hold_id)
         self._session_id: uuid.UUID | None = None
         self._is_open = False
+        self._known = ExitStack()
 
     async def __aenter__(self) -> Self:
         """Draw the ticket; cancelled, there is none."""
+        self._known.enter_context(self._link.holds.asked_for(self._hold_id))
         if self._on_change is not None:
             self._link.listen_for(self._hold_id, self._on_change)
         try:
             await self._draw()
         except BaseException:
+            self._known.close()
             self._link.listen_for(self._hold_id, None)
             raise
         return self
@@ -78,6 +82,7 @@ class PostgresTicket:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._known.close()
         self._link.listen_for(self._hold_id, None)
         if self._is_open:
             self._is_open = False

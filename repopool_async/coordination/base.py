@@ -68,11 +68,13 @@ class Hold:
         slot: the record as last written through this hold.
         token: the slot's token; where the record has another, the hold was taken away.
         lock: the coordinator's own.
+        entered_token: the one with which the slot was entered on its host (`fencing`); None while it was not.
     """
 
     slot: Slot
     token: int
     lock: Any
+    entered_token: int | None = attrs.field(default=None, init=False)
 
 
 @attrs.define(eq=False)

@@ -181,17 +181,18 @@ class PostgresCoordinator:
             wait_seconds=wait_seconds,
         )
         hold_id = uuid.uuid4()
-        row = await self._link.begin(
-            f"claim a slot of {repo_name}",
-            "SELECT record, overwritten FROM repopool.claim($1, $2, $3, $4::jsonb, $5)",
-            repo_name,
-            self._link.session.session_id,
-            hold_id,
-            want_of(want, this_process()),
-            stand_back,
-            debt=abandoning(repo_name, hold_id),
-        )
-        return None if row is None else self._granted(hold_id, row["record"], row["overwritten"])
+        with self._link.holds.asked_for(hold_id):
+            row = await self._link.begin(
+                f"claim a slot of {repo_name}",
+                "SELECT record, overwritten FROM repopool.claim($1, $2, $3, $4::jsonb, $5)",
+                repo_name,
+                self._link.session.session_id,
+                hold_id,
+                want_of(want, this_process()),
+                stand_back,
+                debt=abandoning(repo_name, hold_id),
+            )
+            return None if row is None else self._granted(hold_id, row["record"], row["overwritten"])
 
     async def detach(self, grant: Grant) -> Lease:
         """See `Coordinator.detach`."""
@@ -390,8 +391,9 @@ class PostgresCoordinator:
         """See `Coordinator.create`."""
         require_new(slot)
         hold_id = uuid.uuid4()
-        await self._slots.insert(slot, hold_id)
-        return self._held(hold_id, slot)
+        with self._link.holds.asked_for(hold_id):
+            await self._slots.insert(slot, hold_id)
+            return self._held(hold_id, slot)
 
     async def delete(self, hold: Hold) -> None:
         """See `Coordinator.delete`; the slot's files are removed by `discard`."""
@@ -438,11 +440,14 @@ class PostgresCoordinator:
         """Change a slot to one that we hold; should nobody learn of it, let go again."""
         self._link.session.require_trust()
         hold_id = uuid.uuid4()
-        change = await self._change(what, slot_id, deciding(hold_id), abandoning(repo_name_of(slot_id), hold_id))
-        return None if change is None else self._held(hold_id, change.slot)
+        with self._link.holds.asked_for(hold_id):
+            change = await self._change(what, slot_id, deciding(hold_id), abandoning(repo_name_of(slot_id), hold_id))
+            return None if change is None else self._held(hold_id, change.slot)
 
     def _held(self, hold_id: uuid.UUID, slot: Slot) -> Hold:
-        return Hold(slot, slot.token, HeldSlot(slot, hold_id, self._link.database.debts.owe_from_anywhere))
+        lock = HeldSlot(slot, hold_id, self._link.database.debts.owe_from_anywhere)
+        self._link.holds.add(lock)
+        return Hold(slot, slot.token, lock)
 
     def _granted(self, hold_id: uuid.UUID, record: str, overwritten: str | None) -> Grant:
         slot = slot_of(record)

@@ -81,6 +81,8 @@ def leave(host_id: str, slot_directory: str, token: int) -> None:
     _require_highest(host_id, slot_directory, token)
     os.makedirs(f"{slot_directory}/fence/{padded(token)}~left", exist_ok=True)
     kill_until(host_id, slot_directory, token)
+    # Who was overtaken meanwhile must not take the slot for its own.
+    _require_highest(host_id, slot_directory, token)
 
 
 def _require_highest(

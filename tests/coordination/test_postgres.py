@@ -682,3 +682,34 @@ async def test_nothing_that_a_claim_or_a_heartbeat_changes_is_indexed(postgres: 
     )
     assert set(indexed) == {"slot.slot_id", "slot.pool", "session.session_id"}
     assert coordinator is not None
+
+
+async def test_what_a_failover_made_ours_again_is_given_back_and_what_we_hold_is_not(postgres: PostgresPlace) -> None:
+    coordinator = await postgres.pool(3)
+    held, passed_on = await claimed(coordinator, "held"), await claimed(coordinator, "passed on")
+    finished = await claimed(coordinator, "finished")
+    session_id = coordinator._link.session.session_id
+    ended = finished.slot.slot_id
+    await give_back(coordinator, finished)
+    # As a server that has lost the last commit has it.
+    await postgres.ask(
+        "UPDATE repopool.slot SET state = 'cleaning', session_id = $2, hold_id = $3, "
+        """record = record || '{"state": "cleaning"}' WHERE slot_id = $1 RETURNING slot_id""",
+        *(ended, session_id, finished.lock.hold_id),
+    )
+    assert await coordinator.orphans(REPO) == []
+
+    async def found() -> bool:
+        return [slot.slot_id for slot in await coordinator.orphans(REPO)] == [ended]
+
+    async with coordinator.ticket(REPO, want("waits")) as ticket:
+        assert await ticket.claim() is None
+        await give_back(coordinator, passed_on)  # now it is the waiter's, who does not know of it yet
+
+        await coordinator.reap()
+
+        await eventually(found)
+        grant = await ticket.claim()
+    assert grant is not None
+    assert grant.slot.slot_id == passed_on.slot.slot_id
+    assert await coordinator.lost_among([held, grant]) == []

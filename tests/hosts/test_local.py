@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from repopool_async import _removal
-from repopool_async.hosts import _tree
+from repopool_async._process import run_process
+from repopool_async.exceptions import FencedError
+from repopool_async.hosts import _fence, _tree
+from repopool_async.hosts._scripts import fence_key, library, padded
 from repopool_async.hosts.base import (
     Host,
 )
@@ -206,3 +209,31 @@ async def test_much_that_is_not_urgent_is_deleted_too_whatever_its_modes(tmp_pat
     await LocalHost().remove_tree(str(tree), is_urgent=False)
 
     assert list(tmp_path.iterdir()) == []
+
+
+# Leaving a fence while somebody else takes the slot over
+
+
+def test_who_is_overtaken_while_it_leaves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = str(tmp_path)
+    _fence.enter("local", slot, 1, None, kills=False)
+    end = _fence.kill_until
+
+    def overtaken(host_id: str, slot_directory: str, last: int) -> None:
+        end(host_id, slot_directory, last)
+        _fence.enter("local", slot, 2, None, kills=False)
+
+    monkeypatch.setattr(_fence, "kill_until", overtaken)
+    with pytest.raises(FencedError) as caught:
+        _fence.leave("local", slot, 1)
+    assert caught.value.top == 2
+    assert _fence.top_of(slot) == padded(2)
+
+
+async def test_who_is_overtaken_while_it_leaves_another_host_is_told(tmp_path: Path) -> None:
+    script = library("fence") + b'kill_until() { mkdir "$1/fence/$next"; }\nleave "$@"'
+    argv = ["sh", "-c", script.decode(), "sh", str(tmp_path), padded(1), fence_key(str(tmp_path))]
+
+    done = await run_process(argv, env={"PATH": os.environ["PATH"], "next": padded(2)}, cwd="/")
+
+    assert (done.exit_code, done.stdout) == (99, padded(2).encode())

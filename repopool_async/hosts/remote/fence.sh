@@ -120,7 +120,10 @@ leave() {
     find_top "$1"
     if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
     mkdir -p -- "$1/fence/$2~left" || return
-    kill_until "$1" "$2" "$3"
+    kill_until "$1" "$2" "$3" || return
+    # Who was overtaken meanwhile must not take the slot for its own.
+    find_top "$1"
+    if [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
 }
 
 # Notes that a session has entered a slot, for the watchdog. SESSION_DIRECTORY SLOT TOKEN KEY
