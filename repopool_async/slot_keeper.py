@@ -23,6 +23,7 @@ from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
     CoordinatorUnavailableError,
+    FencedError,
     GitOperationError,
     HostUnreachableError,
     LeaseLostError,
@@ -126,7 +127,8 @@ class SlotKeeper:
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            if is_passing(error) or isinstance(error, HostUnreachableError):
+            # Fenced off, the slot is somebody else's; or its host was started anew, and wants it entered again.
+            if is_passing(error) or isinstance(error, HostUnreachableError | FencedError):
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
@@ -233,6 +235,8 @@ class SlotKeeper:
         """Isolate a held slot with the reason (9.5) and let go of it."""
         reason = str(error) or f"not finished within {self._pool.options.cleanup_timeout:g} s (cleanup_timeout)"
         try:
+            # The token may have been raised since the record was read.
+            slot = attrs.evolve(slot, token=hold.token)
             await self._pool.parts.coordinator.finish(hold, broken(slot, reason))
         except LeaseLostError:
             _log.warning("%s: was taken away while being cleaned", slot.slot_id)

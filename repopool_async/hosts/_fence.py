@@ -54,9 +54,7 @@ def enter(host_id: str, slot_directory: str, token: int, session_directory: str 
         raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
     if kills:
         kill_until(host_id, slot_directory, token - 1)
-    # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
-    with open(f"{own}/boot", "wb") as file:
-        file.write(f"{boot_id()}\n".encode())
+    _note_boot(own)
     names = _names(f"{slot_directory}/fence")
     _require_highest(host_id, slot_directory, token, names=names, is_entered=True)
     _remove_lower(slot_directory, token, names)
@@ -76,10 +74,18 @@ def _make_entry(path: str) -> None:
         os.mkdir(f"{slot_directory}/run")
 
 
+def _note_boot(own: str) -> None:
+    # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
+    with open(f"{own}/boot", "wb") as file:
+        file.write(f"{boot_id()}\n".encode())
+
+
 def leave(host_id: str, slot_directory: str, token: int) -> None:
     """See `Host.leave`. The name that is made is above the token's own and below the next one's."""
     _require_highest(host_id, slot_directory, token)
-    os.makedirs(f"{slot_directory}/fence/{padded(token)}~left", exist_ok=True)
+    own = f"{slot_directory}/fence/{padded(token)}~left"
+    os.makedirs(own, exist_ok=True)
+    _note_boot(own)
     kill_until(host_id, slot_directory, token)
     # Who was overtaken meanwhile must not take the slot for its own.
     _require_highest(host_id, slot_directory, token)

@@ -81,6 +81,22 @@ async def test_work_is_refused_once_a_higher_token_has_come(host: SshHost, slot:
     assert list(Path(slot, "run").iterdir()) == []
 
 
+@pytest.mark.parametrize("has_left", [False, True])
+async def test_work_is_refused_once_the_host_was_started_anew(host: SshHost, slot: str, has_left: bool) -> None:
+    """What a crash of the host lost may have been a higher token's name."""
+    await host.enter(slot, 3, None)
+    if has_left:
+        await host.leave(slot, 3)
+    name = f"{3:020d}~left" if has_left else f"{3:020d}"
+    Path(slot, "fence", name, "boot").write_text("another-boot\n")
+    with upkeep(Guard(slot, 3)):
+        with pytest.raises(FencedError):
+            await host.apply([WriteFile(f"{slot}/tree/a", b"a")])
+        with pytest.raises(FencedError):
+            await host.run(["touch", "a"], env=ENV, cwd=f"{slot}/tree")
+    assert list(Path(slot, "tree").iterdir()) == []
+
+
 async def test_work_is_refused_where_the_slot_is_gone(host: SshHost, slot: str) -> None:
     with upkeep(Guard(slot, 3)), pytest.raises(FencedError):
         await host.apply([WriteFile(f"{slot}/tree/a", b"a")])

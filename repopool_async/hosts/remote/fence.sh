@@ -25,15 +25,17 @@ register() {
     return 99
 }
 
-# Likewise for the pool's own work on a slot, which may go on when the lease itself has ended: then its name is marked.
-# SLOT TOKEN
+# Likewise for the pool's own work on a slot, which goes on when the lease itself has ended: then its name is marked.
+# A boot since may have lost a higher name. SLOT TOKEN
 register_work() {
     start_of $$
     boot_id
     [ -d "$1/fence" ] && mkdir -p -- "$1/run" || return 98
     { printf '%s %s\n' "$started" "$boot" >"$1/run/$2.$$"; } 2>/dev/null || return 98
     find_top "$1"
-    [ "${top%%~*}" = "$2" ] && return
+    noted=
+    [ "${top%%~*}" = "$2" ] && read -r noted 2>/dev/null <"$1/fence/$top/boot"
+    [ "$noted" = "$boot" ] && return
     rm -f -- "$1/run/$2.$$"
     return 98
 }
@@ -120,6 +122,8 @@ leave() {
     find_top "$1"
     if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
     mkdir -p -- "$1/fence/$2~left" || return
+    boot_id
+    printf '%s\n' "$boot" >"$1/fence/$2~left/boot" || return
     kill_until "$1" "$2" "$3" || return
     # Who was overtaken meanwhile must not take the slot for its own.
     find_top "$1"
