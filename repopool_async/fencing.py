@@ -5,12 +5,26 @@ lower ones is ended. Where the host has seen a higher token than the records hav
 and the hold is given a token above it.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import attrs
 
 from repopool_async.coordination.base import Coordinator, Hold
 from repopool_async.exceptions import FencedError
 from repopool_async.hosts.base import Guard, Host
 from repopool_async.models import Slot
+
+
+@contextmanager
+def _full_disk_passed_over() -> Iterator[None]:
+    """Go on where the fence could not be entered for want of room: cleaning makes some, and leaving needs none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def slot_directory(slot: Slot) -> str:
@@ -58,7 +72,8 @@ async def leave(host: Host, coordinator: Coordinator, hold: Hold) -> Slot:
     """
     while True:
         if hold.entered_token != hold.token:
-            await enter(host, coordinator, hold, None)
+            with _full_disk_passed_over():
+                await enter(host, coordinator, hold, None)
         try:
             await host.leave(slot_directory(hold.slot), hold.token)
         except FencedError as error:

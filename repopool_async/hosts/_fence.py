@@ -54,7 +54,9 @@ def enter(host_id: str, slot_directory: str, token: int, session_directory: str 
         raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
     if kills:
         kill_until(host_id, slot_directory, token - 1)
-    _note_boot(own)
+    # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
+    with open(f"{own}/boot", "wb") as file:
+        file.write(f"{boot_id()}\n".encode())
     names = _names(f"{slot_directory}/fence")
     _require_highest(host_id, slot_directory, token, names=names, is_entered=True)
     _remove_lower(slot_directory, token, names)
@@ -74,18 +76,11 @@ def _make_entry(path: str) -> None:
         os.mkdir(f"{slot_directory}/run")
 
 
-def _note_boot(own: str) -> None:
-    # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
-    with open(f"{own}/boot", "wb") as file:
-        file.write(f"{boot_id()}\n".encode())
-
-
 def leave(host_id: str, slot_directory: str, token: int) -> None:
     """See `Host.leave`. The name that is made is above the token's own and below the next one's."""
     _require_highest(host_id, slot_directory, token)
-    own = f"{slot_directory}/fence/{padded(token)}~left"
-    os.makedirs(own, exist_ok=True)
-    _note_boot(own)
+    # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
+    os.makedirs(f"{slot_directory}/fence/{padded(token)}~left.{boot_id()}", exist_ok=True)
     kill_until(host_id, slot_directory, token)
     # Who was overtaken meanwhile must not take the slot for its own.
     _require_highest(host_id, slot_directory, token)
@@ -114,6 +109,19 @@ def _join_session(session_directory: str, slot_directory: str, name: str) -> Non
     os.makedirs(f"{session_directory}/slots", exist_ok=True)
     data = f"{name}\n".encode() + os.fsencode(slot_directory)
     write_atomic(f"{session_directory}/slots/{fence_key(slot_directory)}", data)
+
+
+def require_upkeep(host_id: str, guard: Guard) -> None:
+    """Refuse upkeep of a slot under a token that is not the present one, nor was left, since this boot.
+
+    Raises:
+        FencedError: that is so.
+    """
+    if top_of(guard.slot_directory) == f"{padded(guard.token)}~left.{boot_id()}":
+        return
+    error = refusal(host_id, guard)
+    if error is not None:
+        raise error
 
 
 def kill_until(host_id: str, slot_directory: str, last: int) -> None:

@@ -346,7 +346,7 @@ def fenced(slot_directory: str, token: int, top: str, *, host_id: str, is_used: 
         why = f"token {token} has been used before"
     elif highest > token:
         why = f"token {highest} has entered since"
-    elif top.endswith("~left"):
+    elif "~left." in top:
         why = "it has ended, and the slot is being cleaned"
     elif "~" in top:
         why = "its manager gave no sign of life for too long"

@@ -11,11 +11,11 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar, TypeVarTuple
 
 import attrs
 
@@ -52,7 +52,11 @@ from repopool_async.hosts.base import (
     Wanted,
     WriteFile,
 )
+from repopool_async.hosts.upkeep import upkeep_of
 from repopool_async.models import CommandResult
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _CLOCK_PRECISION_NS: Final = 5_000_000
 
@@ -115,6 +119,8 @@ class LocalHost:
         guard: Guard | None = None,
     ) -> CommandResult:
         """See `Host.run`."""
+        if guard is None:
+            await self._admit([cwd or "/", *argv, *env.values()])
         async with self._limiter(), self._registered(argv, env, cwd, guard) as start:
             result = await run_process(
                 start.argv,
@@ -138,6 +144,7 @@ class LocalHost:
         async with self._limiter():
             deadline = Deadline.after(timeout)
             for command in commands:
+                await self._admit([command.cwd or "/", *command.argv, *command.env.values()])
                 result = await run_process(
                     command.argv,
                     env=command.env,
@@ -200,6 +207,24 @@ class LocalHost:
         if error is not None:
             raise error
 
+    async def _admit(self, texts: Iterable[str]) -> None:
+        """Refuse upkeep of a slot that was taken over."""
+        guard = upkeep_of(texts)
+        if guard is not None:
+            await in_thread(_fence.require_upkeep, self._id, guard)
+
+    async def _change(self, names: Iterable[str], func: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Change files in a thread, unless that is upkeep of a slot that was taken over."""
+        guard = upkeep_of(names)
+        if guard is None:
+            return await in_thread(func, *args)
+
+        def change() -> T:
+            _fence.require_upkeep(self._id, guard)
+            return func(*args)
+
+        return await in_thread(change)
+
     def _limiter(self) -> asyncio.Semaphore:
         return self._limiters.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_processes))
 
@@ -207,7 +232,7 @@ class LocalHost:
 
     async def apply(self, steps: Sequence[FileStep]) -> None:
         """See `Host.apply`."""
-        await in_thread(_apply, tuple(steps))
+        await self._change((name for step in steps for name in _paths_of(step)), _apply, tuple(steps))
 
     async def read_bytes(self, path: str, *, limit: int) -> bytes | None:
         """See `Host.read_bytes`."""
@@ -229,7 +254,7 @@ class LocalHost:
         """See `Host.remove_tree`."""
         if not is_urgent and await in_thread(_removal.is_large, path):
             await _remove_gently(path)  # what it could not remove is left to what can
-        await in_thread(_removal.remove_tree, path)
+        await self._change([path], _removal.remove_tree, path)
 
     async def inspect_tree(
         self,
@@ -255,11 +280,12 @@ class LocalHost:
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """See `Host.remove_entries`."""
-        return await in_thread(_tree.remove_entries, root, tuple(names), trash) if names else 0
+        return await self._change([root], _tree.remove_entries, root, tuple(names), trash) if names else 0
 
     async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
         """See `Host.move_directories`."""
-        return await in_thread(_moves.move_directories, source, target, tuple(names)) if names else ()
+        paths = (source, target)
+        return await self._change(paths, _moves.move_directories, source, target, tuple(names)) if names else ()
 
     async def file_system_clock_ns(self, directory: str) -> int:
         """See `Host.file_system_clock_ns`."""
@@ -356,6 +382,14 @@ async def _remove_gently(path: str) -> None:
     argv = ["nice", "-n", "19", "ionice", "-c", "3", "rm", "-rf", "--one-file-system", "--", path]
     with suppress(OSError):
         await run_process(argv, env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"})
+
+
+def _paths_of(step: FileStep) -> Iterator[str]:
+    match step:
+        case CopyFile(source, target) | Rename(source, target):
+            yield from (source, target)
+        case _:
+            yield step.path
 
 
 def _apply(steps: Sequence[FileStep]) -> None:

@@ -2,8 +2,9 @@
 
 A manager that was paused, or cut off, goes on with a cleaning that another manager has long taken over. So what it
 sends to the slot's host while `upkeep` lasts is registered there as a lessee's commands are: it is refused where a
-higher token has come, and ended by whoever brings one. A host that is this machine ignores it: there the slot's lock is
-the kernel's, and nobody takes it from a process that is only paused.
+higher token has come, and ended by whoever brings one. On this machine, where nobody takes a slot's kernel lock from a
+process that is only paused, but a database's session may expire, it is only refused: what runs is our own thread, or a
+git that whoever takes the slot over finds by its mark.
 """
 
 import os

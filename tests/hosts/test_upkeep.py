@@ -8,7 +8,7 @@ import pytest
 
 from repopool_async._identity import process_start_time
 from repopool_async.exceptions import FencedError
-from repopool_async.hosts.base import Command, Guard, Host, RemoveFile, WriteFile
+from repopool_async.hosts.base import Command, Guard, Host, RemoveFile, Rename, WriteFile
 from repopool_async.hosts.local import LocalHost
 from repopool_async.hosts.ssh import SshHost
 from repopool_async.hosts.upkeep import upkeep
@@ -87,8 +87,10 @@ async def test_work_is_refused_once_the_host_was_started_anew(host: SshHost, slo
     await host.enter(slot, 3, None)
     if has_left:
         await host.leave(slot, 3)
-    name = f"{3:020d}~left" if has_left else f"{3:020d}"
-    Path(slot, "fence", name, "boot").write_text("another-boot\n")
+    if has_left:
+        (left,) = Path(slot, "fence").glob("*~left.*")
+        left.rename(left.with_name(f"{3:020d}~left.another-boot"))
+    Path(slot, "fence", f"{3:020d}", "boot").write_text("another-boot\n")
     with upkeep(Guard(slot, 3)):
         with pytest.raises(FencedError):
             await host.apply([WriteFile(f"{slot}/tree/a", b"a")])
@@ -135,8 +137,31 @@ async def test_fences_themselves_are_moved_freely(host: SshHost, slot: str) -> N
         await host.leave(slot, 5)
 
 
-async def test_this_machine_does_not_ask(slot: str, tmp_path: Path) -> None:
+async def test_this_machine_refuses_too(slot: str, tmp_path: Path) -> None:
     here: Host = LocalHost(sessions_directory=str(tmp_path / "sessions"))
-    await here.enter(slot, 4, None)
+    await here.enter(slot, 3, None)
+    await here.leave(slot, 3)
     with upkeep(Guard(slot, 3)):
+        await here.apply([WriteFile(f"{slot}/tree/a", b"a"), Rename(f"{slot}/tree/a", f"{slot}/tree/b")])
+        assert (await here.run(["cat", "b"], env=ENV, cwd=f"{slot}/tree")).stdout == b"a"
+        await here.enter(slot, 4, None)
+        for work in (
+            here.apply([Rename(f"{slot}/tree/b", f"{tmp_path}/b")]),
+            here.run(["rm", "b"], env=ENV, cwd=f"{slot}/tree"),
+            here.batch([Command(("rm", "b"), env=ENV, cwd=f"{slot}/tree")]),
+            here.remove_entries(f"{slot}/tree", ["b"], trash=f"{tmp_path}/trash"),
+            here.remove_tree(f"{slot}/tree"),
+            here.move_directories(f"{slot}/tree", f"{tmp_path}/beside", ["b"]),
+        ):
+            with pytest.raises(FencedError, match="token 4 has entered since"):
+                await work
+        await here.apply([WriteFile(f"{tmp_path}/mirror", b"a")])
+    assert Path(slot, "tree/b").read_bytes() == b"a"
+
+
+async def test_this_machine_refuses_what_was_entered_before_another_boot(slot: str, tmp_path: Path) -> None:
+    here: Host = LocalHost(sessions_directory=str(tmp_path / "sessions"))
+    await here.enter(slot, 3, None)
+    Path(slot, "fence", f"{3:020d}", "boot").write_text("another-boot\n")
+    with upkeep(Guard(slot, 3)), pytest.raises(FencedError):
         await here.apply([WriteFile(f"{slot}/tree/a", b"a")])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -222,6 +223,33 @@ async def test_a_lessee_that_fills_the_disk_within_its_tree_harms_nobody_else(di
         async with manager.lease("app") as slot:
             (slot.path / "big").mkdir()
             Disk(slot.path / "big").fill()
+        await all_back(manager, 2)
+
+
+FILLS_THE_DISK_AND_DIES = """
+import asyncio, os, signal, sys
+from repopool_async import PoolConfig, PoolManager
+
+async def main():
+    async with PoolManager(PoolConfig(workspaces_dir=sys.argv[1], janitor_interval=3600)) as manager:
+        slot = await manager.allocate_slot("app")
+        try:
+            with open(slot.path / "big", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        except OSError:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_lessee_that_fills_the_disk_and_dies(disk: Disk, origin: Path) -> None:
+    async with PoolManager(config_on(disk)) as manager:
+        await manager.create_pool("app", str(origin), num_slots=2, salvage="never")
+    argv = [sys.executable, "-c", FILLS_THE_DISK_AND_DIES, str(disk.pools)]
+    assert (await run_process(argv, env=dict(os.environ))).exit_code == -signal.SIGKILL
+    async with PoolManager(config_on(disk)) as manager:
         await all_back(manager, 2)
 
 

@@ -34,7 +34,10 @@ register_work() {
     { printf '%s %s\n' "$started" "$boot" >"$1/run/$2.$$"; } 2>/dev/null || return 98
     find_top "$1"
     noted=
-    [ "${top%%~*}" = "$2" ] && read -r noted 2>/dev/null <"$1/fence/$top/boot"
+    case $top in
+    "$2") read -r noted 2>/dev/null <"$1/fence/$2/boot";;
+    "$2~left."*) noted=${top#*"~left."};;
+    esac
     [ "$noted" = "$boot" ] && return
     rm -f -- "$1/run/$2.$$"
     return 98
@@ -121,9 +124,9 @@ enter() {
 leave() {
     find_top "$1"
     if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
-    mkdir -p -- "$1/fence/$2~left" || return
+    # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
     boot_id
-    printf '%s\n' "$boot" >"$1/fence/$2~left/boot" || return
+    mkdir -p -- "$1/fence/$2~left.$boot" || return
     kill_until "$1" "$2" "$3" || return
     # Who was overtaken meanwhile must not take the slot for its own.
     find_top "$1"
