@@ -5,16 +5,20 @@ lower ones is ended. Where the host has seen a higher token than the records hav
 and the hold is given a token above it.
 """
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import attrs
 
 from repopool_async.coordination.base import Coordinator, Hold
-from repopool_async.exceptions import FencedError
+from repopool_async.disk_full import is_passing
+from repopool_async.exceptions import CleanupError, FencedError
 from repopool_async.hosts.base import Guard, Host
 from repopool_async.models import Slot
+
+_INCREDIBLE: Final = 10**16
+"""Far below the first token that has no name in a fence, which is 10 to the 17th."""
 
 
 @contextmanager
@@ -23,8 +27,19 @@ def _full_disk_passed_over() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_passing(error):
             raise
+
+
+def _require_credible(hold: Hold, error: FencedError) -> None:
+    """Refuse to go above a token that no leases can have brought about."""
+    if error.top >= _INCREDIBLE:
+        raise CleanupError(
+            f"{hold.slot.slot_id}: a lessee has set its fence on the host to token {error.top}; delete "
+            f"{slot_directory(hold.slot)}/fence there, then repair_slot",
+            slot_id=hold.slot.slot_id,
+            repo_name=hold.slot.repo_name,
+        )
 
 
 def slot_directory(slot: Slot) -> str:
@@ -55,6 +70,7 @@ async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str |
         try:
             await host.enter(slot_directory(hold.slot), hold.token, session, kills=kills)
         except FencedError as error:
+            _require_credible(hold, error)
             await coordinator.raise_token(hold, max(error.top, hold.token))
             kills = True
         else:
@@ -77,6 +93,7 @@ async def leave(host: Host, coordinator: Coordinator, hold: Hold) -> Slot:
         try:
             await host.leave(slot_directory(hold.slot), hold.token)
         except FencedError as error:
+            _require_credible(hold, error)
             await coordinator.raise_token(hold, error.top)
         else:
             return attrs.evolve(hold.slot, token=hold.token)

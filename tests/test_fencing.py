@@ -1,6 +1,7 @@
 """How a held slot's fence is entered and left where the records have lost who was there, on a real host."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from repopool_async._clock import now
 from repopool_async.coordination.base import Grant
 from repopool_async.coordination.files import FileCoordinator
-from repopool_async.exceptions import FencedError
+from repopool_async.exceptions import CleanupError, FencedError
 from repopool_async.fencing import enter, leave, slot_directory
 from repopool_async.hosts.base import Guard
 from repopool_async.hosts.local import LocalHost
@@ -76,6 +77,24 @@ async def test_who_leaves_without_having_entered_gets_a_token_that_nobody_else_h
     assert slot.token == grant.token == given_twice + 1
     with pytest.raises(FencedError):
         await host.leave(directory, given_twice)
+    await coordinator.abandon_hold(grant)
+
+
+async def test_a_fence_that_no_leases_can_have_raised_so_high_is_told_with_the_remedy(
+    coordinator: FileCoordinator,
+) -> None:
+    host = LocalHost()
+    grant = await claimed(coordinator)
+    directory = slot_directory(grant.slot)
+    Path(directory, "fence", f"{10**16:020d}").mkdir(parents=True)
+
+    for attempt in (enter(host, coordinator, grant, None), leave(host, coordinator, grant)):
+        with pytest.raises(CleanupError, match=r"delete .*/fence there, then repair_slot"):
+            await attempt
+
+    assert grant.token == 1
+    shutil.rmtree(f"{directory}/fence")
+    assert (await enter(host, coordinator, grant, None)).token == 1
     await coordinator.abandon_hold(grant)
 
 

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import signal
+import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -34,19 +35,26 @@ WATCH_TICKS: Final = 4
 _DYING_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.005
 _ROUNDS: Final = 50
+_NAME: Final = re.compile(r"000[0-9]{17}(~.*)?", re.DOTALL)
+"""What a token is called, and what is said of it; other names in a fence are a lessee's."""
 _REGISTERED: Final = re.compile(r"([0-9]+)\.([0-9]+)")
 _SHELLS_OWN: Final = ("PWD", "OLDPWD", "SHLVL")
 
 
 def top_of(slot_directory: str) -> str:
     """Return the highest name in a fence, "" for none."""
-    return max(_names(f"{slot_directory}/fence"), default="")
+    return _top(_names(f"{slot_directory}/fence"))
+
+
+def _top(names: Iterable[str]) -> str:
+    return max(filter(_NAME.fullmatch, names), default="")
 
 
 def enter(host_id: str, slot_directory: str, token: int, session_directory: str | None, kills: bool) -> None:
     """See `Host.enter`; on the way of every lease, so it asks the file system for nothing twice."""
     name = padded(token)
     own = f"{slot_directory}/fence/{name}"
+    _remove_strangers(slot_directory)
     _require_highest(host_id, slot_directory, token)
     try:
         _make_entry(own)
@@ -64,6 +72,14 @@ def enter(host_id: str, slot_directory: str, token: int, session_directory: str 
         _join_session(session_directory, slot_directory, name)
 
 
+def _remove_strangers(slot_directory: str) -> None:
+    """Remove what a lessee put in place of our directories, such as a link out of the slot."""
+    for path in (f"{slot_directory}/fence", f"{slot_directory}/run"):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                os.unlink(path)
+
+
 def _make_entry(path: str) -> None:
     slot_directory = path.rpartition("/fence/")[0]
     try:
@@ -78,6 +94,7 @@ def _make_entry(path: str) -> None:
 
 def leave(host_id: str, slot_directory: str, token: int) -> None:
     """See `Host.leave`. The name that is made is above the token's own and below the next one's."""
+    _remove_strangers(slot_directory)
     _require_highest(host_id, slot_directory, token)
     # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
     os.makedirs(f"{slot_directory}/fence/{padded(token)}~left.{boot_id()}", exist_ok=True)
@@ -89,7 +106,7 @@ def leave(host_id: str, slot_directory: str, token: int) -> None:
 def _require_highest(
     host_id: str, slot_directory: str, token: int, *, names: Sequence[str] | None = None, is_entered: bool = False
 ) -> None:
-    top = top_of(slot_directory) if names is None else max(names, default="")
+    top = top_of(slot_directory) if names is None else _top(names)
     if _number(top) > token or (is_entered and top != padded(token)):
         raise fenced(slot_directory, token, top, host_id=host_id)
 
@@ -119,13 +136,12 @@ def require_upkeep(host_id: str, guard: Guard) -> None:
     """
     if top_of(guard.slot_directory) == f"{padded(guard.token)}~left.{boot_id()}":
         return
-    error = refusal(host_id, guard)
-    if error is not None:
-        raise error
+    require_present(host_id, guard)
 
 
 def kill_until(host_id: str, slot_directory: str, last: int) -> None:
     """End what is registered in a slot under tokens up to one, and what bears their mark."""
+    _remove_strangers(slot_directory)
     stuck = []
     for registered in _registered(slot_directory, last):
         if registered.is_gone_by_now() or registered.kill():
@@ -243,6 +259,13 @@ def refusal(host_id: str, guard: Guard) -> FencedError | None:
     if top == padded(guard.token) and boot == boot_id():
         return None
     return fenced(guard.slot_directory, guard.token, top, host_id=host_id)
+
+
+def require_present(host_id: str, guard: Guard) -> None:
+    """Raise why a command under a guard is not started now, where it is not."""
+    error = refusal(host_id, guard)
+    if error is not None:
+        raise error
 
 
 def forget_ended(guard: Guard) -> None:

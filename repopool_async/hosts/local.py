@@ -177,7 +177,7 @@ class LocalHost:
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard, *, stdin: bool, inherit: bool
     ) -> AsyncIterator[HostProcess]:
         # One that loses its lease between this look and its own ends at once, as one that is killed a moment later.
-        await in_thread(self._require_present, guard)
+        await in_thread(_fence.require_present, self._id, guard)
         async with (
             self._registered(argv, env, cwd, guard) as start,
             open_process(start.argv, env=start.env, cwd=cwd, stdin=stdin, inherit=inherit) as process,
@@ -200,12 +200,7 @@ class LocalHost:
 
     async def _require_admitted(self, guard: Guard | None, exit_code: int) -> None:
         if guard is not None and exit_code == _fence.REFUSED:
-            await in_thread(self._require_present, guard)
-
-    def _require_present(self, guard: Guard) -> None:
-        error = _fence.refusal(self._id, guard)
-        if error is not None:
-            raise error
+            await in_thread(_fence.require_present, self._id, guard)
 
     async def _admit(self, texts: Iterable[str]) -> None:
         """Refuse upkeep of a slot that was taken over."""

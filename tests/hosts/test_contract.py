@@ -712,6 +712,44 @@ class TestFence:
             assert await process.wait() == -signal.SIGKILL
         assert (await host.run(["true"], env=ENV, guard=Guard(slot, 5))).exit_code == 0
 
+    @pytest.mark.parametrize("name", ["fence", "run"])
+    @pytest.mark.parametrize("verb", ["enter", "leave", "kill"])
+    async def test_what_stands_in_place_of_its_directories_is_removed_and_not_followed(
+        self, host: Host, slot: str, tmp_path: Path, name: str, verb: str
+    ) -> None:
+        await host.enter(slot, 1, None)
+        outside = tmp_path / "outside"
+        for path in ("empty", "1", f"{1:020d}", f"{1:020d}~left.x"):
+            (outside / path).mkdir(parents=True)
+        (outside / "1/boot").write_text("precious")
+        (outside / "1.1").write_text("precious")
+        before = sorted(outside.rglob("*"))
+        shutil.rmtree(f"{slot}/{name}")
+        Path(slot, name).symlink_to(outside)
+
+        if verb == "kill":
+            await host.kill(slot, 2)
+        else:
+            await (host.enter(slot, 2, None) if verb == "enter" else host.leave(slot, 2))
+
+        assert sorted(outside.rglob("*")) == before
+        assert not Path(slot, name).is_symlink()
+
+    async def test_a_file_in_place_of_a_directory_is_removed(self, host: Host, slot: str) -> None:
+        for name in ("fence", "run"):
+            Path(slot, name).write_text("x")
+        await host.enter(slot, 1, None)
+        assert (await host.run(["true"], env=ENV, guard=Guard(slot, 1))).exit_code == 0
+
+    @pytest.mark.parametrize("stranger", ["9" * 20, "9" * 30, "0" * 19, "zzz", "~left", f"{10**17}", f"{5:020d}x"])
+    async def test_names_that_no_token_has_count_for_nothing(self, host: Host, slot: str, stranger: str) -> None:
+        await host.enter(slot, 1, None)
+        Path(slot, "fence", stranger).mkdir()
+        assert (await host.run(["true"], env=ENV, guard=Guard(slot, 1))).exit_code == 0
+        await host.leave(slot, 1)
+        await host.enter(slot, 2, None)
+        assert (await host.run(["true"], env=ENV, guard=Guard(slot, 2))).exit_code == 0
+
     async def test_a_registered_number_that_is_anothers_since_is_left_alone(
         self, host: Host, slot: str, daemons: Daemons
     ) -> None:

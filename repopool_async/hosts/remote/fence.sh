@@ -3,11 +3,22 @@
 # the time its leader began and the boot. Who starts registers before it looks at the fence; who takes over raises the
 # fence before it looks at what is registered: one of the two always sees the other.
 
-# SLOT; in $top
+# The highest of the names that tokens have, in $top; others in a fence are a lessee's. SLOT
 find_top() {
     top=
-    for entry in "$1/fence"/*; do
-        if [ -d "$entry" ]; then top=${entry##*/}; fi
+    for entry in "$1/fence"/000*; do
+        name=${entry##*/}
+        case ${name%%"~"*} in
+        *[!0-9]*) ;;
+        ????????????????????) if [ -d "$entry" ]; then top=$name; fi;;
+        esac
+    done
+}
+
+# Removes what a lessee put in place of our directories, such as a link out of the slot. SLOT
+remove_strangers() {
+    for entry in "$1/fence" "$1/run"; do
+        if is_there "$entry" && { [ -L "$entry" ] || [ ! -d "$entry" ]; }; then rm -f -- "$entry" || return; fi
     done
 }
 
@@ -48,6 +59,7 @@ register_work() {
 kill_until() {
     boot_id
     stuck=
+    remove_strangers "$1" || return
     for file in "$1/run"/*; do
         [ -f "$file" ] || continue
         name=${file##*/}
@@ -99,6 +111,7 @@ look_for_strays() {
 # The slot is the token's from here on. 97: used before. 99: there is a higher one, which is printed. SLOT TOKEN PREVIOUS
 # KEY SESSION_DIRECTORY KILLS
 enter() {
+    remove_strangers "$1" || return
     mkdir -p -- "$1/fence" "$1/run" || return
     find_top "$1"
     if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
@@ -115,6 +128,9 @@ enter() {
     # Only what is below: a higher one may have come while we were here.
     for entry in "$1/fence"/*; do
         name=${entry##*/}
+        case ${name%%~*} in
+        *[!0-9]* | ?????????????????????*) rmdir -- "$entry" 2>/dev/null; continue;;
+        esac
         if [ "${name%%~*}" -lt "$2" ]; then rm -f -- "$entry/boot" && rmdir -- "$entry" 2>/dev/null; fi
     done
     [ -z "$5" ] || join_session "$5" "$1" "$2" "$4"
@@ -122,6 +138,7 @@ enter() {
 
 # Nothing starts under the token any more: the name is above its own and below the next one's. SLOT TOKEN KEY
 leave() {
+    remove_strangers "$1" || return
     find_top "$1"
     if [ "$top" ] && [ "${top%%~*}" -gt "$2" ]; then printf %s "$top"; return 99; fi
     # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
