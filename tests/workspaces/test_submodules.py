@@ -626,23 +626,37 @@ def same_size_edit_with_its_time_restored(slot: LeasedSlot, canary: Path) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(CONTAMINATIONS))
-async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(used: Used, tmp_path: Path, name: str) -> None:
+async def test_nothing_of_a_lessee_in_submodules_reaches_the_next(
+    used: Used, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with used.manager() as manager:
-        await play(manager, used.world, tmp_path, name)
+        await play(manager, used.world, tmp_path, name, caplog)
         assert await manager.check() == {}
 
 
-async def play(manager: PoolManager, world: World, tmp_path: Path, name: str) -> None:
+async def contaminated(manager: PoolManager, name: str, canary: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Contaminate a slot, and return how it was cleaned.
+
+    Done again where a process of another test was there meanwhile of which nobody can say what it holds: such a one
+    counts as standing in every tree, which is then made anew.
+    """
+    while True:
+        caplog.clear()
+        async with manager.lease("web", ref="main") as slot:
+            CONTAMINATIONS[name](slot, canary)
+        log = await steps(manager)
+        if "slot.bystanders" not in caplog.text:
+            return log
+
+
+async def play(manager: PoolManager, world: World, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     for then in ("main", "changed", "removed"):
         canary = tmp_path / f"canary-{then}/ran"
         outside = canary.parent / "outside"
         outside.mkdir(parents=True)
         (outside / "precious").write_text("precious")
-        async with manager.lease("web", ref="main") as slot:
-            CONTAMINATIONS[name](slot, canary)
-        log = await steps(manager)
-        # The last where somebody seems to stand in the tree still, as one that is just ending may.
-        assert log[0] in ("untouched" if name in ONLY_IN_GIT_DIRECTORIES else "cleaned", "tree made anew"), log
+        log = await contaminated(manager, name, canary, caplog)
+        assert log[0] == ("untouched" if name in ONLY_IN_GIT_DIRECTORIES else "cleaned"), log
         async with manager.lease("web", ref=then) as slot:
             assert differences(fresh(world, tmp_path, branch=then), seen(slot.path)) == [], then
         assert not canary.exists()
