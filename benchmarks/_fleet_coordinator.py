@@ -149,10 +149,7 @@ class FleetCoordinator:
         """See `Coordinator.raise_token`."""
         change = await self._change(hold.slot.slot_id, raising(hold.lock.hold_id, hold.token, above))
         assert change is not None
-        hold.slot = change.slot
-        hold.token = hold.slot.token
-        if isinstance(hold, Grant):
-            hold.lease = lease_of(hold.slot)
+        hold.become(change.slot)
         return hold.token
 
     async def begin_return(self, grant: Grant) -> Slot:

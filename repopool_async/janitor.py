@@ -107,7 +107,8 @@ class Janitor:
         """Take over what dead owners left, and go on sweeping in the background."""
         for pool in self._pools():
             self._taken_over += await pool.keeper.recover()
-            self._completing += [pool.name] if await self._complete(pool, False) else []
+            if await self._complete(pool, False):
+                self._completing.append(pool.name)
         self._tasks.spawn(self._sweep_for_ever(), name="sweep")
         self._tasks.spawn(self._watch_leases_for_ever(), name="watch-leases")
         self._tasks.spawn(self._empty_trash_for_ever(), name="empty-trash")

@@ -76,6 +76,11 @@ class Hold:
     lock: Any
     entered_token: int | None = attrs.field(default=None, init=False)
 
+    def become(self, slot: Slot) -> None:
+        """Note the record that was just written, with its token."""
+        self.slot = slot
+        self.token = slot.token
+
 
 @attrs.define(eq=False)
 class Grant(Hold):
@@ -95,6 +100,12 @@ class Grant(Hold):
         # Only now does the lease tell: renewing and detaching move its expiry, and when it was acquired stays.
         expires = self.lease.expires_boottime
         return None if expires is None else expires - self.lease.acquired_boottime
+
+    def become(self, slot: Slot) -> None:
+        """Note the record that was just written, with its token and its lease."""
+        super().become(slot)
+        if slot.lease is not None:
+            self.lease = slot.lease
 
 
 AnyHold = TypeVar("AnyHold", bound=Hold)

@@ -130,10 +130,7 @@ class Ledger:
     def raise_token(self, hold: Hold, above: int) -> int:
         """Give a hold a token higher than `above`."""
         with self._own_record(hold) as stored:
-            hold.slot = self._write(with_token(stored, max(stored.token, above) + 1))
-        hold.token = hold.slot.token
-        if isinstance(hold, Grant):
-            hold.lease = lease_of(hold.slot)
+            hold.become(self._write(with_token(stored, max(stored.token, above) + 1)))
         return hold.token
 
     # Giving back

@@ -10,7 +10,7 @@ How calls end in time is `_pg_database`'s business, how errors are told `_pg_err
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -58,8 +58,6 @@ from repopool_async.slot_allocator import cleaning
 _POLL_SECONDS: Final = (1.0, 2.0)
 _ANNOUNCED: Final = ("forced", "expired")
 
-Discard = Callable[[Slot], Awaitable[object]]
-
 
 class PostgresCoordinator:
     """Claims, keeps, gives back and recovers slots; see `coordination.base.Coordinator` for what each verb promises.
@@ -76,7 +74,6 @@ class PostgresCoordinator:
         on_event: told of `lease.forced`, `lease.expired` as by the file coordinator; of `lease.unconfirmed` and
             `lease.confirmed` (whether the database takes this process for alive is not known, is known again) and
             `session.lost` (it was taken for dead; everything held is lost), with `session_id`.
-        discard: removes a slot's files where they lie; awaited by `delete` before the record goes.
         max_connections: to the database at once, besides two for heartbeat and notifications. call_seconds: after which
             a call fails.
 
@@ -92,7 +89,6 @@ class PostgresCoordinator:
         listen_dsn: str | None = None,
         ttl: float = TTL_SECONDS,
         on_event: OnEvent | None = None,
-        discard: Discard | None = None,
         max_connections: int = 8,
         call_seconds: float = CALL_SECONDS,
     ) -> None:
@@ -104,7 +100,6 @@ class PostgresCoordinator:
             max_connections=max_connections,
             call_seconds=call_seconds,
         )
-        self._discard = discard
         self._slots = SlotTable(self._link)
         self.records: Final = PostgresRecords(self._link)
         self.locks: Final = PostgresLocks(self._link)
@@ -252,10 +247,7 @@ class PostgresCoordinator:
         decide = raising(hold.lock.hold_id, hold.token, above)
         change = await self._change(f"raise the token of {slot_id}", slot_id, decide)
         assert change is not None
-        hold.slot = change.slot
-        hold.token = hold.slot.token
-        if isinstance(hold, Grant):
-            hold.lease = lease_of(hold.slot)
+        hold.become(change.slot)
         return hold.token
 
     # Giving back
@@ -396,11 +388,9 @@ class PostgresCoordinator:
             return self._held(hold_id, slot)
 
     async def delete(self, hold: Hold) -> None:
-        """See `Coordinator.delete`; the slot's files are removed by `discard`."""
+        """See `Coordinator.delete`; whoever calls has removed the slot's files."""
         # Deleting takes long; a crash half-way must find something to recover.
         slot = await self.update(hold, cleaning(hold.slot))
-        if self._discard is not None:
-            await self._discard(slot)
         if not await self._slots.delete(slot.slot_id, hold.lock.hold_id):
             raise await self._lost(hold)
         hold.lock.end()

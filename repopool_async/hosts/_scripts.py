@@ -275,15 +275,17 @@ def starting(
 
 def admitted(upkeep: Guard) -> bytes:
     """Return the line that registers the pool's own work on a slot, of which a script consists, or ends the script."""
-    return command("register_work", upkeep.slot_directory, padded(upkeep.token)) + b' || refused "fenced ${top-}"'
+    return _register_work(upkeep) + b' || refused "fenced ${top-}"'
 
 
 def under(upkeep: Guard, call: bytes) -> bytes:
     """Return a call that is registered as the pool's own work on a slot while it is made; refused, it exits with 98."""
-    directory, token = quote(upkeep.slot_directory), padded(upkeep.token)
-    admit = command("register_work", upkeep.slot_directory, token)
-    forget = b"rm -f -- " + directory + b"/run/" + token.encode() + b".$$"
-    return admit + b' || { printf %s "$top"; exit 98; }\ntrap ' + quote(forget) + b" EXIT\n" + call
+    forget = b"rm -f -- " + quote(upkeep.slot_directory) + b"/run/" + padded(upkeep.token).encode() + b".$$"
+    return _register_work(upkeep) + b' || { printf %s "$top"; exit 98; }\ntrap ' + quote(forget) + b" EXIT\n" + call
+
+
+def _register_work(upkeep: Guard) -> bytes:
+    return command("register_work", upkeep.slot_directory, padded(upkeep.token))
 
 
 def batch_call(one: Command, refusal: str) -> bytes:
