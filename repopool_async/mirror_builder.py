@@ -50,7 +50,7 @@ class MirrorBuilder:
         temporary = f"{self._path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         await self._host.apply([MakeDirectory(pool_directory)])
         # A dead builder's git outlives it, and would go on writing while what it made is removed.
-        await self._host.end_processes(mark=f"{WORK_MARK}={self._path}", tree=self._path)
+        await self._host.end_processes(mark=f"{WORK_MARK}={self._path}", tree=None)
         await self._sweep_abandoned(pool_directory)
         built = False
         try:

@@ -43,7 +43,7 @@ class RepositoryLock:
 
     async def _clear_up(self) -> None:
         """End the git of a holder that died, and remove the locks that a killed git leaves; we hold the lock."""
-        await self._host.end_processes(mark=f"{WORK_MARK}={self._path}", tree=self._path)
+        await self._host.end_processes(mark=f"{WORK_MARK}={self._path}", tree=None)
         stale = [f"{self._path}/{name}.lock" for name in ("packed-refs", "HEAD", "shallow", "config")]
         await self._host.apply([RemoveFile(path) for path in [*stale, *await self._locks_below(f"{self._path}/refs")]])
 

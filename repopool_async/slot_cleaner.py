@@ -346,7 +346,7 @@ class SlotCleaner:
 
     async def _end_work(self, slot: Slot) -> None:
         """End the git of a dead owner: in a session of its own it outlives it, perhaps amid a check-out."""
-        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=slot.path)
+        await self._host.end_processes(mark=f"{WORK_MARK}={slot.path}", tree=None)
 
     @property
     def _ordinary_rung(self) -> Rung:

@@ -31,7 +31,7 @@ _EXITING: Final = 0x00000004
 
 
 def end_processes(
-    mark: str, tree: str, grace_seconds: float, since: float | None = None, group: int | None = None
+    mark: str, tree: str | None, grace_seconds: float, since: float | None = None, group: int | None = None
 ) -> EndedProcesses:
     """See `Host.end_processes`; takes at most the grace period and three seconds.
 
@@ -40,7 +40,7 @@ def end_processes(
     killed, survivors = _end_marked(_Mark(os.fsencode(mark), group), grace_seconds)
     return EndedProcesses(
         killed=tuple(sorted(killed)),
-        bystanders=tuple(find_bystanders(tree, survivors, since)),
+        bystanders=() if tree is None else tuple(find_bystanders(tree, survivors, since)),
         survivors=tuple(sorted(survivors)),
     )
 

@@ -234,7 +234,7 @@ class RemoteFiles:
         self,
         *,
         mark: str,
-        tree: str,
+        tree: str | None,
         grace_seconds: float = 2.0,
         since: float | None = None,
         group: int | None = None,
@@ -248,7 +248,7 @@ class RemoteFiles:
         for _ in range(2):
             answer = await self._shell.call(functools.partial(_ending, place, hidden), "marked")
             if answer.status != ELSEWHERE:
-                return read_processes(answer.require(place.tree))
+                return read_processes(answer.require(place.tree or ""))
             # The way to the tree leads through a link: once more, with the way the kernel knows.
             place = attrs.evolve(place, tree=os.fsdecode(answer.stdout.rpartition(b"\0")[2]))
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), place.tree)
@@ -270,17 +270,20 @@ def _inspection(tools: Tools, root: str, since_ns: int | None, fresh: str) -> by
 class Place:
     """Whose processes are to be ended, and where others may stand."""
 
-    tree: str
+    tree: str | None
     mark: str
     group: str
     grace_ticks: int
 
 
 def _ending(place: Place, hidden: bytes, tools: Tools) -> bytes:
+    ending = command("end_marked", place.mark, place.group, place.grace_ticks)
+    if place.tree is None:
+        return ending + b"\nname_found"
     pattern = place_pattern(place.tree, tools.mounts)
     lines = [
         command("require_real", place.tree) + b" || exit %d" % ELSEWHERE,
-        command("end_marked", place.mark, place.group, place.grace_ticks),
+        ending,
         command("find_bystanders", place.tree, glob_literal(place.tree), maps_pattern(place.tree)),
         command("find_mounted", pattern) if pattern else b":",
         hidden or b":",

@@ -512,7 +512,7 @@ class Host(Protocol):
         self,
         *,
         mark: str,
-        tree: str,
+        tree: str | None,
         grace_seconds: float = 2.0,
         since: float | None = None,
         group: int | None = None,
@@ -521,6 +521,7 @@ class Host(Protocol):
 
         Args:
             mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
+            tree: None asks for nobody else, and costs half as much.
             since: seconds on the boot-time clock; a process of our own user that began later and lets nobody see what
                 it holds counts as a bystander too.
             group: whatever is in this group is ended too.

@@ -328,7 +328,7 @@ class LocalHost:
         self,
         *,
         mark: str,
-        tree: str,
+        tree: str | None,
         grace_seconds: float = 2.0,
         since: float | None = None,
         group: int | None = None,

@@ -477,6 +477,13 @@ class TestEndingProcesses:
         assert ended.killed == ()
         assert daemons.running() == others
 
+    async def test_without_a_tree_nobody_else_is_looked_for(self, host: Host, daemons: Daemons, tree: Path) -> None:
+        marked = await daemons.start(f"ready; exec sleep {FOREVER}")
+        other = await daemons.start(f"ready; exec sleep {FOREVER}", value=None, cwd=tree)
+        ended = await host.end_processes(mark=daemons.mark, tree=None)
+        assert (ended.killed, ended.bystanders, ended.survivors) == ((marked,), (), ())
+        assert daemons.running() == [other]
+
     async def test_term_comes_first(self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path) -> None:
         script = f"trap 'echo bye > {tmp_path}/word; exit' TERM; ready; sleep {FOREVER} & wait"
         await daemons.start(script)
