@@ -23,6 +23,13 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def relay_in(directory: Path) -> Path:
+    """Write a script that hands itself on to a new session so many times, and ends each time."""
+    relay = directory / "relay"
+    relay.write_text(f"sleep 0.02; [ $1 = 0 ] || setsid sh {relay} $(($1 - 1)) &\n")
+    return relay
+
+
 class Daemons:
     """Starts processes in sessions of their own whose parents have gone."""
 

@@ -34,7 +34,7 @@ from repopool_async.hosts.base import (
     WriteFile,
 )
 from repopool_async.hosts.local import LocalHost
-from tests.hosts.daemons import ENV, FOREVER, Daemons, until
+from tests.hosts.daemons import ENV, FOREVER, Daemons, relay_in, until
 
 
 def names_in(directory: str | Path) -> list[str]:
@@ -519,8 +519,7 @@ class TestEndingProcesses:
         self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
     ) -> None:
         """Who looks once sees those that are gone, and not their heirs."""
-        relay = tmp_path / "relay"
-        relay.write_text(f"sleep 0.02; [ $1 = 0 ] || setsid sh {relay} $(($1 - 1)) &\n")
+        relay = relay_in(tmp_path)
         await daemons.start(f"ready; exec sh {relay} 500")
         await host.end_processes(mark=daemons.mark, tree=str(tree))
         here = LocalHost(sessions_directory=str(tmp_path / "sessions"))
@@ -700,8 +699,7 @@ class TestFence:
         assert names_in(f"{slot}/run") == []
 
     async def test_killing_ends_what_hands_itself_on(self, host: Host, slot: str, tmp_path: Path) -> None:
-        relay = tmp_path / "relay"
-        relay.write_text(f"sleep 0.02; [ $1 = 0 ] || setsid sh {relay} $(($1 - 1)) &\n")
+        relay = relay_in(tmp_path)
         await host.enter(slot, 1, "session")
         async with host.open_process(["sh", str(relay), "500"], env=ENV, guard=Guard(slot, 1)) as process:
             await process.wait()
