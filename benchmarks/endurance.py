@@ -2,8 +2,8 @@
 
     python -m benchmarks.endurance [--times 100] [--at-once 1] [--load 2] [--select EXPRESSION]
 
-Load is so many processes that do nothing but compute; rounds that run at once are each other's load, too. After the first
-failure none begins: its output is printed, the exit status is 1. What belongs to it bears the marker `endurance`.
+Load is so many processes that do nothing but compute; rounds that run at once are each other's load, too. After the
+first failure none begins: its output is printed, the exit status is 1. What belongs to it bears the marker `endurance`.
 """
 
 import argparse
