@@ -9,7 +9,7 @@ import pytest
 from repopool_async._process import run_process
 from tests._postgres import require
 
-pytestmark = pytest.mark.endurance
+pytestmark = [pytest.mark.endurance, pytest.mark.fleet]
 ROOT = Path(__file__).parents[2]
 
 
