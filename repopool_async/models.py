@@ -169,10 +169,15 @@ class Slot:
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 
-    @property
+    @functools.cached_property
     def number(self) -> int:
         """The slot's number within its pool."""
         return parse_slot_id(self.slot_id)[1]
+
+    @functools.cached_property
+    def idle_rank(self) -> tuple[float, int]:
+        """Smaller for the more recently used, then for the lower number; kept, as a claim asks it of every slot."""
+        return -self.last_used_at.timestamp() if self.last_used_at is not None else 0.0, self.number
 
 
 @attrs.frozen

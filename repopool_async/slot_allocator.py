@@ -32,13 +32,13 @@ def order_candidates(slots: Sequence[Slot], *, commit: str | None, branch: str |
         slots: all of one pool, so that it shows how loaded each host is.
         commit: the full id that is wanted, None for any. branch: None for a detached HEAD.
     """
-    loads = _loads(slots)
-    ranked = [
-        (_distance(slot.seal, slot, commit, branch), loads.get(slot.host_id, 0.0), _recency(slot), slot.number, slot)
+    loads, free = _loads(slots), SlotState.AVAILABLE
+    ranked = [  # numbers differ within a pool, so that no two records are ever compared
+        (_distance(slot.seal, slot, commit, branch), loads.get(slot.host_id, 0.0), slot.idle_rank, slot)
         for slot in slots
-        if slot.state is SlotState.AVAILABLE and slot.seal is not None
+        if slot.state is free and slot.seal is not None
     ]
-    return [entry[4] for entry in sorted(ranked, key=lambda entry: entry[:4])]
+    return [entry[3] for entry in sorted(ranked)]
 
 
 def _loads(slots: Sequence[Slot]) -> dict[str, float]:
@@ -256,7 +256,3 @@ def _distance(seal: Seal, slot: Slot, commit: str | None, branch: str | None) ->
     if commit is not None and seal.commit == commit:
         return 0 if seal.branch == branch else 1
     return 2 if branch is not None and branch in (seal.branch, slot.last_branch) else 3
-
-
-def _recency(slot: Slot) -> float:
-    return -slot.last_used_at.timestamp() if slot.last_used_at is not None else 0.0
