@@ -1,6 +1,6 @@
 """How fast slots are claimed and given back, without any git work, by one process and by several.
 
-    python -m benchmarks._claims DIRECTORY POOL SECONDS      is one of the processes
+    python -m benchmarks._claims DIRECTORY POOL SECONDS TASKS      is one of the processes
 
 The slots are records only: nothing is cleaned, nothing lies on disk behind them.
 """
@@ -25,29 +25,35 @@ from repopool_async.models import Pool, Seal, Slot, make_slot_id
 from repopool_async.slot_allocator import available
 from repopool_async.slot_store import SlotStore
 
-Rates = Mapping[tuple[int, int], list[float]]
-"""Cycles a second of each process, by number of slots and of processes."""
+Rates = Mapping[tuple[int, int, int], list[float]]
+"""Cycles a second of each process, by number of slots, of processes, and of tasks in each process."""
+
+TASKS = 16
+"""How many lessees a busy process has. A lone one mostly waits for idle processors to wake: six times a cycle."""
 
 _COMMIT = "1" * 40
 
 
 async def measure(scale: Scale, directory: Path) -> Rates:
     """Let processes claim for a while, in pools of several sizes."""
-    rates: dict[tuple[int, int], list[float]] = {}
+    rates: dict[tuple[int, int, int], list[float]] = {}
     for slots in sorted({*scale.slots[:2]}):
         await _make_pool(directory, f"of-{slots}", slots)
         for processes in scale.processes:
-            rates[slots, processes] = await _claiming(directory, f"of-{slots}", processes, scale.claim_seconds)
+            for tasks in (1, TASKS) if processes == 1 else (1,):
+                claiming = _claiming(directory, f"of-{slots}", processes, tasks, scale.claim_seconds)
+                rates[slots, processes, tasks] = await claiming
     return rates
 
 
 def rows(rates: Rates, scale: Scale) -> list[Row]:
     """Say whether that was fast and fair."""
-    slots, processes = max(slots for slots, _ in rates), max(scale.processes)
-    alone, many = rates[slots, 1], rates[slots, processes]
+    slots, processes = max(slots for slots, _, _ in rates), max(scale.processes)
+    alone, busy, many = rates[slots, 1, 1], rates[slots, 1, TASKS], rates[slots, processes, 1]
     share = min(many) / (sum(many) / len(many))
     return [
-        Row(f"claims a second, 1 process, {slots} slots", sum(alone), "", at_least=1000),
+        Row(f"claims a second, 1 process, {TASKS} tasks, {slots} slots", sum(busy), "", at_least=1000),
+        Row("  one task alone", sum(alone), "", at_least=1000),
         Row(f"claims a second, {processes} processes, {slots} slots", sum(many), "", at_least=1000),
         Row("  the slowest process, against an equal share", share, at_least=0.5),
     ]
@@ -56,8 +62,9 @@ def rows(rates: Rates, scale: Scale) -> list[Row]:
 def plot(rates: Rates) -> Plot:
     """Draw claims a second against processes."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (slots, processes), each in rates.items():
-        lines.setdefault(f"{slots} slots", []).append((processes, sum(each)))
+    for (slots, processes, tasks), each in rates.items():
+        if tasks == 1:
+            lines.setdefault(f"{slots} slots", []).append((processes, sum(each)))
     return Plot("throughput", "Claims without git work", "processes", "a second, together", lines)
 
 
@@ -75,8 +82,8 @@ async def _make_pool(directory: Path, name: str, slots: int) -> None:
         await store.save_slot(available(slot, seal, now()))
 
 
-async def _claiming(directory: Path, name: str, processes: int, seconds: float) -> list[float]:
-    argv = [sys.executable, "-m", "benchmarks._claims", str(directory), name, str(seconds)]
+async def _claiming(directory: Path, name: str, processes: int, tasks: int, seconds: float) -> list[float]:
+    argv = [sys.executable, "-m", "benchmarks._claims", str(directory), name, str(seconds), str(tasks)]
     top = str(Path(__file__).parent.parent)
     done = await asyncio.gather(*(run_process(argv, env=dict(os.environ), cwd=top) for _ in range(processes)))
     failed = [one.stderr.decode(errors="replace") for one in done if one.exit_code != 0]
@@ -85,15 +92,20 @@ async def _claiming(directory: Path, name: str, processes: int, seconds: float) 
     return [float(json.loads(one.stdout)) for one in done]
 
 
-async def _claim_for(directory: str, name: str, seconds: float) -> float:
+async def _claim_for(directory: str, name: str, seconds: float, tasks: int) -> float:
     store = SlotStore(directory)
     coordinator = FileCoordinator(store, LockManager(store.locks_directory))
     await _cycle(coordinator, name)
-    cycles = 0
     started = time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds:
+    cycles = await asyncio.gather(*(_claim_until(coordinator, name, started + seconds) for _ in range(tasks)))
+    return sum(cycles) / (time.perf_counter() - started)
+
+
+async def _claim_until(coordinator: FileCoordinator, name: str, end: float) -> int:
+    cycles = 0
+    while time.perf_counter() < end:
         cycles += await _cycle(coordinator, name)
-    return cycles / passed
+    return cycles
 
 
 async def _cycle(coordinator: FileCoordinator, name: str) -> bool:
@@ -107,5 +119,5 @@ async def _cycle(coordinator: FileCoordinator, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    _directory, _name, _seconds = sys.argv[1:]
-    print(json.dumps(asyncio.run(_claim_for(_directory, _name, float(_seconds)))))
+    _directory, _name, _seconds, _tasks = sys.argv[1:]
+    print(json.dumps(asyncio.run(_claim_for(_directory, _name, float(_seconds), int(_tasks)))))
