@@ -7,6 +7,7 @@ first failure none begins: its output is printed, the exit status is 1. What bel
 """
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--load", type=int, default=2, help="busy processes beside it (default: %(default)s)")
     parser.add_argument("--select", default="endurance and not soak", help="of pytest's markers (default: %(default)s)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the load would go on when this is ended
     with load(options.load):
         seconds, failure = run_many(options.times, options.at_once, options.select)
     passed = f"{len(seconds)} of {options.times}"
