@@ -168,13 +168,17 @@ class LockManager:
             in_thread(self.try_acquire_sync, slot_id), name=f"lock-{slot_id}", on_abandoned=_release_if_held
         )
 
-    def try_acquire_sync(self, slot_id: str) -> HeldLock | None:
-        """Do as `try_acquire`."""
+    def try_acquire_sync(self, slot_id: str, *, is_signed: bool = True) -> HeldLock | None:
+        """Do as `try_acquire`.
+
+        Args:
+            is_signed: False for who needs exclusion alone, and can do without a signature on a disk that is full.
+        """
         path = self._path(slot_id)
         with _translated(path, slot_id):
             deadline = time.monotonic() + _UNSIGNED_SECONDS
             pauses = _pauses(*_RECORD_POLL_SECONDS)
-            while (held := _try_lock(slot_id, path, path)) is None:
+            while (held := _try_lock(slot_id, path, path, is_signed=is_signed)) is None:
                 # A holder signs the file. Where it is not signed somebody is just taking, releasing or looking at it.
                 if _read_text(path) or time.monotonic() > deadline:
                     break
@@ -241,7 +245,7 @@ class LockManager:
         path = self._path(slot_id)
         with _translated(path, slot_id):
             fresh = self._fresh_path(slot_id)
-            held = _try_lock(slot_id, fresh, path)
+            held = _try_lock(slot_id, fresh, path, is_signed=False)
             if held is None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), fresh)
             Path(fresh).replace(path)
@@ -357,19 +361,33 @@ class LockManager:
         return True
 
 
-def _try_lock(slot_id: str, path: str, final_path: str) -> HeldLock | None:
-    """Make one attempt to lock `path`, which is or will be `final_path`, and sign it."""
+def _try_lock(slot_id: str, path: str, final_path: str, *, is_signed: bool) -> HeldLock | None:
+    """Make one attempt to lock `path`, which is or will be `final_path`, and sign it, or at least try to."""
     descriptor = lock_files.take(path)
     if descriptor is None:
         return None
     try:
         status = os.fstat(descriptor)
         was_left = bool(os.pread(descriptor, _TEXT_BYTES, 0).strip())
-        _write_text(descriptor, _owner_text(os.getpid()))
+        has_signed = _sign(descriptor, is_signed=is_signed)
     except BaseException:
         lock_files.close(descriptor)
         raise
-    return HeldLock(slot_id, final_path, descriptor, (status.st_dev, status.st_ino), was_left=was_left)
+    held = HeldLock(slot_id, final_path, descriptor, (status.st_dev, status.st_ino), was_left=was_left)
+    if not has_signed:
+        held.leave()  # there is no signature to erase, and no room for the blanks
+    return held
+
+
+def _sign(descriptor: int, *, is_signed: bool) -> bool:
+    """Write our name into a lock file, and return whether it is there."""
+    try:
+        _write_text(descriptor, _owner_text(os.getpid()))
+    except OSError as error:
+        if is_signed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)

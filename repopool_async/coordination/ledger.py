@@ -407,7 +407,8 @@ class Ledger:
     @contextmanager
     def _candidate(self, slot_id: str) -> Iterator["_Candidate"]:
         """Try to lock a slot, and hold its record lock for the block; unless kept, the slot is let go of again."""
-        candidate = _Candidate(self, self._locks, self._locks.try_acquire_sync(slot_id))
+        # Unsigned if need be: after `force_unlock` on a full disk only cleaning this slot may make room to sign.
+        candidate = _Candidate(self, self._locks, self._locks.try_acquire_sync(slot_id, is_signed=False))
         try:
             with self._record(slot_id) as stored:
                 candidate.look(stored)

@@ -253,6 +253,19 @@ async def test_a_lessee_that_fills_the_disk_and_dies(disk: Disk, origin: Path) -
         await all_back(manager, 2)
 
 
+async def test_a_lessee_that_fills_the_disk_and_is_thrown_out(disk: Disk, origin: Path) -> None:
+    """Whoever takes the slot over needs no room for it: its cleaning is what makes some."""
+    async with PoolManager(config_on(disk)) as manager:
+        await manager.create_pool("app", str(origin), num_slots=2, salvage="never")
+        async with PoolManager(config_on(disk)) as other:
+            slot = await other.allocate_slot("app")
+            assert slot is not None
+            (slot.path / "big").mkdir()
+            Disk(slot.path / "big").fill()
+            await manager.force_unlock(slot.slot_id)
+            await all_back(manager, 2)
+
+
 @pytest.mark.parametrize("room", [0, 16_384, 65_536])
 async def test_a_slot_is_added_on_a_full_disk(disk: Disk, origin: Path, room: int) -> None:
     async with PoolManager(config_on(disk)) as manager:
