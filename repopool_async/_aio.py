@@ -8,6 +8,8 @@ import asyncio
 import contextvars
 import functools
 import logging
+import os
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -86,6 +88,32 @@ async def in_thread(func: Callable[[*Ts], T], *args: *Ts) -> T:
     with anyio.CancelScope(shield=True):
         cancellation = await _outlast(future)
     return _outcome(future, cancellation, getattr(func, "__qualname__", "call"))
+
+
+class _Turns:
+    """Lets in one thread after the other; of a forked child, which has but one, none is still in."""
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+
+in_turn: Final = _Turns()
+"""For work that is thousands of system calls of microseconds each, done in a thread: `with in_turn:`.
+
+Each call gives up the interpreter and then wants it back. Two such threads hand it to each other at every call: sixteen
+trees were cleaned with 40,000 switches of threads instead of 10,000, and in one and a half times the time. Nothing that
+waits for anybody else may be done within.
+"""
 
 
 def _executor(loop: asyncio.AbstractEventLoop) -> ThreadPoolExecutor:

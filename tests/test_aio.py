@@ -1,6 +1,7 @@
 import asyncio
 import contextvars
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from repopool_async._aio import THREADS, Deadline, TaskSet, in_thread, shielded, together
+from repopool_async._aio import THREADS, Deadline, TaskSet, in_thread, in_turn, shielded, together
+from tests._forks import child_of_ours
 
 
 class Operation:
@@ -373,6 +375,31 @@ class TestInThread:
 
 async def _text(number: int) -> str:
     return await in_thread(str, number)
+
+
+class TestInTurn:
+    async def test_lets_in_one_thread_after_the_other(self) -> None:
+        inside: list[int] = []
+        most: list[int] = []
+
+        def call(number: int) -> None:
+            with in_turn:
+                inside.append(number)
+                time.sleep(0.001)  # gives the interpreter up, as a system call does
+                most.append(len(inside))
+                inside.remove(number)
+
+        await asyncio.gather(*(in_thread(call, number) for number in range(THREADS)))
+        assert most == [1] * THREADS
+
+    def test_a_forked_child_need_not_wait_for_a_thread_that_it_does_not_have(self) -> None:
+        def enter() -> None:
+            signal.alarm(10)  # the child would wait for ever
+            with in_turn:
+                pass
+
+        with in_turn:
+            child_of_ours(enter)
 
 
 class TestTaskSet:

@@ -16,7 +16,7 @@ from typing import Final, Self
 
 import attrs
 
-from repopool_async._aio import Deadline
+from repopool_async._aio import Deadline, in_turn
 from repopool_async._identity import process_start_time
 from repopool_async.hosts._bystanders import find_bystanders
 from repopool_async.hosts._proc import contents, names_in, pids, read
@@ -38,11 +38,11 @@ def end_processes(
     A marked process that cannot be ended (another user's, stuck in the kernel) is named among the bystanders.
     """
     killed, survivors = _end_marked(_Mark(os.fsencode(mark), group), grace_seconds)
-    return EndedProcesses(
-        killed=tuple(sorted(killed)),
-        bystanders=() if tree is None else tuple(find_bystanders(tree, survivors, since)),
-        survivors=tuple(sorted(survivors)),
-    )
+    bystanders: tuple[str, ...] = ()
+    if tree is not None:
+        with in_turn:
+            bystanders = tuple(find_bystanders(tree, survivors, since))
+    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=bystanders, survivors=tuple(sorted(survivors)))
 
 
 @attrs.frozen
@@ -143,7 +143,8 @@ def _others() -> Iterator[int]:
 
 
 def _find_marked(mark: _Mark) -> list[_Target]:
-    return [target for pid in _others() if (target := _marked(pid, mark)) is not None]
+    with in_turn:
+        return [target for pid in _others() if (target := _marked(pid, mark)) is not None]
 
 
 def _marked(pid: int, mark: _Mark) -> _Target | None:
@@ -166,13 +167,14 @@ def find_variable(prefix: str, last: int) -> list[_Target]:
     """Find the processes in whose environment a variable's text is a prefix and a number not above `last`."""
     start = os.fsencode(prefix)
     found = []
-    for pid in _others():
-        environment = _environment(pid)
-        for text in environment.split(b"\0") if start in environment else ():
-            number = text.removeprefix(start)
-            is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
-            target = _marked(pid, _Mark(text, None)) if is_ours else None
-            found += [target] if target is not None else []
+    with in_turn:
+        for pid in _others():
+            environment = _environment(pid)
+            for text in environment.split(b"\0") if start in environment else ():
+                number = text.removeprefix(start)
+                is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
+                target = _marked(pid, _Mark(text, None)) if is_ours else None
+                found += [target] if target is not None else []
     return found
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import attrs
 
+from repopool_async._aio import in_turn
 from repopool_async._files import temporary_name
 from repopool_async._mounts import mounts_below
 from repopool_async._removal import open_up
@@ -53,7 +54,8 @@ def inspect_tree(
     `changed_directories`.
     """
     inspection = Inspection(root, since_ns, settled, frozenset(passed_over), known, beside=beside)
-    inspection.enter(inspection.begin())
+    with in_turn:
+        inspection.enter(inspection.begin())
     return inspection.result()
 
 
