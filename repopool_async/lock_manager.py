@@ -34,7 +34,7 @@ DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = (0.002, 0.1)
 """The first and the longest pause between attempts; jittered."""
 
-_RECORD_TIMEOUT_SECONDS: Final = 10.0
+RECORD_TIMEOUT_SECONDS: Final = 10.0
 _RECORD_POLL_SECONDS: Final = (0.00002, 0.002)
 _UNSIGNED_SECONDS: Final = 0.5  # looking takes microseconds, but on a busy machine whoever looks may be interrupted
 _TEXT_BYTES: Final = 256
@@ -208,15 +208,18 @@ class LockManager:
     # Record locks
 
     @contextmanager
-    def record_lock_sync(self, slot_id: str) -> Iterator[None]:
+    def record_lock_sync(self, slot_id: str, *, patience: float = RECORD_TIMEOUT_SECONDS) -> Iterator[None]:
         """Hold a slot's record lock for the block, which must be over in microseconds and must not take another.
 
+        Args:
+            patience: seconds to wait for it at most.
+
         Raises:
-            LockTimeoutError: it was not free for 10 s: its holder is stopped, or the disk hangs.
+            LockTimeoutError: it was not free for so long: its holder is stopped, or the disk hangs.
         """
         path = f"{self._path(slot_id).removesuffix('.lock')}.record.lock"
         with _translated(path, slot_id):
-            descriptor = self._lock_record(path, slot_id)
+            descriptor = self._lock_record(path, slot_id, patience)
         try:
             yield
         finally:
@@ -316,8 +319,8 @@ class LockManager:
         message = f"{slot_id}: its lock was not free{waited}; {who} holds it: wait longer, end it, or force_unlock"
         return LockTimeoutError(message, slot_id=slot_id)
 
-    def _lock_record(self, path: str, slot_id: str) -> int:
-        deadline = time.monotonic() + _RECORD_TIMEOUT_SECONDS
+    def _lock_record(self, path: str, slot_id: str, patience: float) -> int:
+        deadline = time.monotonic() + patience
         for pause in _pauses(*_RECORD_POLL_SECONDS):
             descriptor = lock_files.take(path)
             if descriptor is not None:
@@ -326,7 +329,7 @@ class LockManager:
                 break
             time.sleep(pause)
         raise LockTimeoutError(
-            f"{slot_id}: its record was locked for {_RECORD_TIMEOUT_SECONDS:g} s by a process that must be stopped or "
+            f"{slot_id}: its record was locked for {patience:g} s by a process that must be stopped or "
             f"stuck on its disk; continue or end it (fuser {path})",
             slot_id=slot_id,
         )

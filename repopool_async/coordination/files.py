@@ -8,18 +8,18 @@ what happens there, step by step, is `coordination.ledger`'s business.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Final, TypeVar
 
 import attrs
 
-from repopool_async._aio import in_thread, shielded
+from repopool_async._aio import in_order, in_thread, shielded
 from repopool_async._clock import boottime
 from repopool_async.coordination.base import AnyHold, Grant, Hold, OnEvent, Want, checked_ttl
 from repopool_async.coordination.ledger import Ledger
 from repopool_async.coordination.records import require_new, require_own, require_settled
 from repopool_async.coordination.tickets import FileTicket, TicketOffice
-from repopool_async.exceptions import PoolManagerError
+from repopool_async.exceptions import LockTimeoutError, PoolManagerError
 from repopool_async.lock_manager import LockManager
 from repopool_async.models import Lease, Slot, SlotState
 from repopool_async.slot_store import SlotStore
@@ -56,6 +56,7 @@ class FileCoordinator:
         self._on_event = on_event
         self._clock = clock
         self._ledger = Ledger(store, locks, clock)
+        self._hasty = self._ledger.hasty()
 
     @property
     def poll_seconds(self) -> tuple[float, float]:
@@ -102,10 +103,10 @@ class FileCoordinator:
         return await self._claim(want, self._office(repo_name) if stand_back else None)
 
     async def _claim(self, want: Want, office: TicketOffice | None = None) -> Grant | None:
-        def attempt() -> Grant | None:
-            return None if office is not None and office.has_tickets() else self._ledger.claim(want)
+        def attempt(ledger: Ledger) -> Grant | None:
+            return None if office is not None and office.has_tickets() else ledger.claim(want)
 
-        return await self._do(attempt, undo=self._unclaim)
+        return await self._quickly(attempt, undo=self._unclaim)
 
     async def detach(self, grant: Grant) -> Lease:
         """See `Coordinator.detach`."""
@@ -136,7 +137,7 @@ class FileCoordinator:
 
     async def begin_return(self, grant: Grant) -> Slot:
         """See `Coordinator.begin_return`."""
-        return await self._do(lambda: self._ledger.begin_return(grant))
+        return await self._quickly(lambda ledger: ledger.begin_return(grant))
 
     async def release_detached(self, slot_id: str, token: int) -> Hold:
         """See `Coordinator.release_detached`."""
@@ -145,13 +146,13 @@ class FileCoordinator:
     async def update(self, hold: Hold, slot: Slot) -> Slot:
         """See `Coordinator.update`."""
         require_own(hold, slot)
-        return await self._do(lambda: self._ledger.update(hold, slot))
+        return await self._quickly(lambda ledger: ledger.update(hold, slot))
 
     async def finish(self, hold: Hold, slot: Slot) -> Slot:
         """See `Coordinator.finish`."""
         require_own(hold, slot)
         require_settled(slot)
-        return await self._do(lambda: self._ledger.finish(hold, slot))
+        return await self._quickly(lambda ledger: ledger.finish(hold, slot))
 
     async def abandon_hold(self, hold: Hold) -> None:
         """See `Coordinator.abandon_hold`."""
@@ -256,12 +257,25 @@ class FileCoordinator:
             raise
         return hold
 
-    async def _do(self, work: Callable[[], T], *, undo: Callable[[T], object] | None = None) -> T:
+    async def _quickly(self, step: Callable[[Ledger], T], *, undo: Callable[[T], object] | None = None) -> T:
+        """Take a step of what every lease does; only where another process has stopped amid one, where it may wait."""
+        try:
+            return await self._do(lambda: step(self._hasty), undo=undo, thread=in_order)
+        except LockTimeoutError:
+            return await self._do(lambda: step(self._ledger), undo=undo)
+
+    async def _do(
+        self,
+        work: Callable[[], T],
+        *,
+        undo: Callable[[T], object] | None = None,
+        thread: Callable[[Callable[[], None]], Awaitable[None]] = in_thread,
+    ) -> T:
         """Do the work in a thread; where the caller was cancelled and will never see the outcome, undo it."""
         outcome: list[T] = []
         try:
-            # Not shielded(): a task costs as much as a record lock, and in_thread ends only once the work is done.
-            await in_thread(lambda: outcome.append(work()))
+            # Not shielded(): a task costs as much as a record lock, and a thread's work is waited for in any case.
+            await thread(lambda: outcome.append(work()))
         except asyncio.CancelledError:
             if outcome and undo is not None:
                 await shielded(self._undo(undo, outcome[0]), name="undo")

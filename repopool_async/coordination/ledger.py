@@ -8,11 +8,12 @@ Whose a slot is by its record, and what the record becomes, `coordination.record
 others are `coordination.files`' business.
 """
 
+import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Final
+from typing import Final, Self
 
 import attrs
 
@@ -37,12 +38,13 @@ from repopool_async.coordination.records import (
 )
 from repopool_async.coordination.view import PoolView
 from repopool_async.exceptions import LeaseLostError, LockTimeoutError, SlotNotFoundError, StoreError
-from repopool_async.lock_manager import HeldLock, LockManager
+from repopool_async.lock_manager import RECORD_TIMEOUT_SECONDS, HeldLock, LockManager
 from repopool_async.models import AllocationRecord, Lease, LeaseEnd, Slot, SlotState, parse_slot_id
 from repopool_async.slot_allocator import allocated, cleaning
 from repopool_async.slot_store import SlotStore
 
 _READY_TRIED: Final = 3
+_HASTY_SECONDS: Final = 0.002
 _log: Final = logging.getLogger("repopool")
 
 
@@ -51,6 +53,7 @@ class Ledger:
 
     Attributes:
         news: what happened that the owner may want to tell, oldest first; taken from by the owner.
+        patience: how many seconds a step waits for a record that another process has locked.
     """
 
     def __init__(self, store: SlotStore, locks: LockManager, clock: Callable[[], float]) -> None:
@@ -60,6 +63,17 @@ class Ledger:
         self._clock = clock
         self._views: dict[str, PoolView] = {}
         self._trying: set[str] = set()
+        self.patience = RECORD_TIMEOUT_SECONDS
+
+    def hasty(self) -> Self:
+        """Return another face of the same ledger, whose steps may not wait.
+
+        Where another process holds a record for longer than it ever should, they raise `LockTimeoutError` before they
+        have changed anything.
+        """
+        face = copy.copy(self)
+        face.patience = _HASTY_SECONDS
+        return face
 
     # Claiming
 
@@ -378,7 +392,7 @@ class Ledger:
     @contextmanager
     def _record(self, slot_id: str) -> Iterator[Slot]:
         """Hold a slot's record lock for the block and give it the record."""
-        with self._locks.record_lock_sync(slot_id):
+        with self._locks.record_lock_sync(slot_id, patience=self.patience):
             yield self._store.read_slot_sync(slot_id)
 
     @contextmanager

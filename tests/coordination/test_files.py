@@ -243,8 +243,8 @@ async def test_who_is_robbed_between_locking_and_looking_takes_nothing(tmp_path:
     class LateLocks(LockManager):
         """Between its two locks, somebody forces the slot and leaves it as good as new."""
 
-        def try_acquire_sync(self, slot_id: str) -> HeldLock | None:
-            held = super().try_acquire_sync(slot_id)
+        def try_acquire_sync(self, slot_id: str, *, is_signed: bool = True) -> HeldLock | None:
+            held = super().try_acquire_sync(slot_id, is_signed=is_signed)
             with self.record_lock_sync(slot_id):
                 self.replace_sync(slot_id)
             return held
@@ -259,6 +259,22 @@ async def test_who_is_robbed_between_locking_and_looking_takes_nothing(tmp_path:
     lost = await claimed(make_coordinator(tmp_path))
     await make_coordinator(tmp_path).abandon_hold(lost)
     assert await coordinator.recover_orphan(slot_id) is None
+
+
+async def test_a_record_that_stays_locked_holds_up_nobody_who_does_not_want_it(
+    coordinator: FileCoordinator, store: SlotStore
+) -> None:
+    first, second = [await claimed(coordinator, str(number)) for number in range(2)]
+    with LockManager(store.locks_directory).record_lock_sync(first.slot.slot_id):
+        returning = asyncio.create_task(coordinator.begin_return(first))
+        await asyncio.sleep(0)
+        for _ in range(3):
+            await coordinator.update(second, second.slot)
+        await coordinator.begin_return(second)
+        assert not returning.done()
+    assert (await returning).state is SlotState.CLEANING
+    for grant in (first, second):
+        await settle(coordinator, grant)
 
 
 async def test_records_of_a_newer_version_keep_what_we_do_not_know(
