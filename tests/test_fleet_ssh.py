@@ -17,6 +17,7 @@ from repopool_async import (
     SlotElsewhereError,
     SlotState,
     SshHost,
+    host_registry,
 )
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
@@ -68,6 +69,39 @@ async def test_a_lease_on_another_machine(
         assert box.exec_count - before == 2
     await manager.delete_pool("web")
     assert os.listdir(tmp_path / "there") == [".managers"]
+
+
+_CHANGES = {
+    "nothing": ("true", 2),
+    "files changed, removed and made": ("echo x >>README.md; rm src/app.py; mkdir -p new/deep; echo >new/deep/file", 3),
+    "something committed": ("echo x >>README.md; git -c user.name=a -c user.email=a@b commit -qam x", 3),
+    "odd things": ("mkfifo src/fifo; git init -q nested; chmod 700 src; ln README.md again; ln -s / root", 3),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+async def test_how_many_executions_a_cleaning_is(
+    manager: PoolManager, box: SshHost, origin: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """What ends the lease and looks at the tree is one, what only git can tell is another, the rest is the last."""
+    script, executions = _CHANGES[change]
+    # What else is asked of the host now and then would be counted as well.
+    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)
+    monkeypatch.setattr(host_registry, "_PATIENCE_SECONDS", 3600.0)
+    pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
+    counted = 0
+    for _ in range(2):  # the first asks what is known of the commit afterwards
+        async with pool.lease() as slot:
+            await slot.run("sh", "-c", script)
+            before = box.exec_count
+        await manager.wait_clean()
+        counted = box.exec_count - before
+    assert counted == executions
+    async with pool.lease() as slot:
+        assert (await slot.run("git", "status", "--porcelain", "--ignored")).text == ""
+        assert (await slot.run("git", "rev-parse", "HEAD", "origin/main")).text.split() == [slot.commit] * 2
+        assert (await slot.run("git", "ls-files", "--stage")).text.count("\n") > 1
+        assert (await slot.run("git", "fsck", "--strict")).exit_code == 0
 
 
 async def test_what_a_lease_left_running_ends_and_its_token_is_refused(
