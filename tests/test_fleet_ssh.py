@@ -10,6 +10,7 @@ from repopool_async import (
     CommandFailedError,
     FencedError,
     HostSpec,
+    LeasedSlot,
     LeaseLostError,
     PoolConfig,
     PoolManager,
@@ -160,3 +161,38 @@ async def test_a_cleaning_goes_no_further_once_its_slot_was_taken_over(
         assert (status.state, status.error) == (SlotState.CLEANING, None)
         async with pool.lease() as slot:  # recovers it: nobody else is at it really
             assert slot.token > 6
+
+
+@pytest.mark.parametrize(("left_on", "brought_to"), [("box", "box"), ("box", "local"), ("local", "box")])
+async def test_saved_work_is_brought_back_on_whichever_host(
+    manager: PoolManager, origin: Path, left_on: str, brought_to: str
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["box", "local"], fetch_max_age=3600)
+    slots = {slot.host_id: slot for slot in [await leased(manager), await leased(manager)]}
+    script = (
+        "git config user.name a; git config user.email a@b; echo stashed >README.md; git stash push -qm kept;"
+        "echo x >committed; git add -A; git commit -qm one; git branch side; echo changed >>src/app.py; echo >untracked"
+    )
+    await slots[left_on].run("sh", "-c", script)
+    head = (await slots[left_on].run("git", "rev-parse", "HEAD")).text
+    await pool.watch.force_unlock(slots[left_on].slot_id)
+    await manager.wait_clean()
+    (record,) = await manager.list_salvage()
+    del slots[left_on]
+    slot = slots.get(brought_to) or await leased(manager)
+    restored = await manager.restore_salvage(record.salvage_id, slot)
+    assert restored.is_checked_out
+    again = await manager.restore_salvage(record.salvage_id, slot)
+    assert (again.branch, again.is_checked_out) == (restored.branch, False)
+    assert (await slot.run("git", "rev-parse", "HEAD")).text == head
+    assert (await slot.run("git", "status", "--porcelain")).text == " M src/app.py\n?? untracked\n"
+    assert (await slot.run("git", "show", "stash@{0}:README.md")).text == "stashed\n"
+    assert (await slot.run("git", "fsck", "--connectivity-only")).exit_code == 0
+    for one in {one.slot_id: one for one in (*slots.values(), slot)}.values():
+        await manager.release_slot(one)
+
+
+async def leased(manager: PoolManager) -> LeasedSlot:
+    slot = await manager.allocate_slot("web", timeout=30)
+    assert slot is not None
+    return slot
