@@ -5,9 +5,9 @@ lower ones is ended. Where the host has seen a higher token than the records hav
 and the hold is given a token above it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -15,7 +15,10 @@ from repopool_async.coordination.base import Coordinator, Hold
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import CleanupError, FencedError
 from repopool_async.hosts.base import Guard, Host
+from repopool_async.hosts.upkeep import upkeep
 from repopool_async.models import Slot
+
+T = TypeVar("T")
 
 _INCREDIBLE: Final = 10**16
 """Far below the first token that has no name in a fence, which is 10 to the 17th."""
@@ -81,19 +84,47 @@ async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str |
 async def leave(host: Host, coordinator: Coordinator, hold: Hold) -> Slot:
     """See that nothing of earlier leases runs in a held slot, nor starts there again; returns its record.
 
+    Raises as `enter`.
+    """
+
+    async def plainly(slot: Slot) -> None:
+        await host.leave(slot_directory(slot), slot.token)
+
+    return (await _leave(host, coordinator, hold, plainly))[0]
+
+
+async def leave_and(
+    host: Host, coordinator: Coordinator, hold: Hold, then: Callable[[], Coroutine[Any, Any, T]]
+) -> tuple[Slot, T]:
+    """Do what `leave` does, joined with a piece of upkeep that asks the host once; returns what came of that, too."""
+
+    async def joined_with(slot: Slot) -> T:
+        with upkeep(guard_of(slot)):
+            async with host.joined() as joined:
+                joined(host.leave(slot_directory(slot), slot.token))
+                outcome = joined(then())
+        return outcome.result()
+
+    return await _leave(host, coordinator, hold, joined_with)
+
+
+async def _leave(
+    host: Host, coordinator: Coordinator, hold: Hold, leaving: Callable[[Slot], Awaitable[T]]
+) -> tuple[Slot, T]:
+    """Leave until nobody has come with a higher token meanwhile.
+
     Who has not entered it does so first: one token enters once, but any number could leave under it where the records
     have lost that it was given before.
-
-    Raises as `enter`.
     """
     while True:
         if hold.entered_token != hold.token:
             with _full_disk_passed_over():
                 await enter(host, coordinator, hold, None)
         try:
-            await host.leave(slot_directory(hold.slot), hold.token)
+            slot = attrs.evolve(hold.slot, token=hold.token)
+            outcome = await leaving(slot)
         except FencedError as error:
             _require_credible(hold, error)
             await coordinator.raise_token(hold, error.top)
         else:
-            return attrs.evolve(hold.slot, token=hold.token)
+            return slot, outcome

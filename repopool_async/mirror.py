@@ -241,9 +241,18 @@ class Mirror:
 
     async def look(self, *paths: str) -> list[FileStat | None]:
         """Return what lies at paths on the mirror's host and, in the same hop, see whether the refs are still these."""
-        *found, state = await self._host.stat_many([*paths, self._snapshots.state_path])
-        await self._seen_at(state)
+        *found, state = await self._host.stat_many([*paths, self.state_path])
+        await self.note(state)
         return found
+
+    @property
+    def state_path(self) -> str:
+        """The file that changes whenever the refs do; what lies there is for `note`."""
+        return self._snapshots.state_path
+
+    async def note(self, state: FileStat | None) -> None:
+        """Take note of what lies at `state_path` now, and read the refs where they are others."""
+        await self._seen_at(state)
 
     async def _seen_at(self, stat: FileStat | None) -> RefsSnapshot:
         stamp = (stat.inode, stat.mtime_ns) if stat else None

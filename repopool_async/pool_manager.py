@@ -384,7 +384,7 @@ class PoolManager(HostVerbs):
         return await (await self._salvage(repo_name)).records()
 
     async def restore_salvage(self, salvage_id: str, slot: LeasedSlot, *, branch: str | None = None) -> RestoredSalvage:
-        """Bring saved work back into a leased slot of the same pool.
+        """Bring saved work back into a leased slot of the same pool, on whichever of its hosts it was saved.
 
         Commits come back as branches. Where the slot is clean its branch is checked out, files lie there as they did,
         uncommitted, and stashes are stash entries again; otherwise files and stashes become branches too. The lessee's

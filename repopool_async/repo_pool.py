@@ -69,10 +69,11 @@ class RepoPool:
         """The pool's name."""
         return self.record.repo_name
 
-    async def salvages(self) -> list[Salvage]:
+    async def salvages(self) -> dict[str, Salvage]:
         """Return what lessees that ended badly left unpushed, by host."""
         ids = await self.keeper.chores.host_ids()
-        return [self._parts.hosts.on(host_id).salvage for host_id in ids if not self._context.hosts.is_out(host_id)]
+        reached = [host_id for host_id in ids if not self._context.hosts.is_out(host_id)]
+        return {host_id: self._parts.hosts.on(host_id).salvage for host_id in reached}
 
     def __repr__(self) -> str:
         return (

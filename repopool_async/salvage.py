@@ -41,6 +41,8 @@ _SKIPPED_SHOWN: Final = 500
 _BOUNDARY: Final = 200
 _MOMENT_SECONDS: Final = 60.0
 """How long a git may take that only changes refs; more than a moment only where hooks of the lessee's do."""
+_BUNDLE_BYTES: Final = 4 * 1024**3
+"""How much saved work can be brought to another machine at once."""
 _SHORT: Final = 8
 _SHORTEST: Final = 4
 
@@ -258,7 +260,7 @@ class Salvage:
     # -- bringing back -------------------------------------------------------------------------------------------
 
     async def restore(
-        self, record: SalvageRecord, run: RunCommand, *, branch: str | None, is_clean: bool
+        self, record: SalvageRecord, run: RunCommand, *, branch: str | None, is_clean: bool, is_here: bool = True
     ) -> RestoredSalvage:
         """Bring saved work into a clone of the repository, as whoever `run` acts for.
 
@@ -267,6 +269,7 @@ class Salvage:
                 `<branch>.<their name>`.
             is_clean: whether to check the files out and to make stash entries; otherwise the files become the branch
                 `<branch>.files` and each stash a branch `<branch>.stash-<n>`.
+            is_here: whether the clone lies where this does. What lies elsewhere goes through this process's memory.
 
         Raises:
             RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists
@@ -276,11 +279,14 @@ class Salvage:
         """
         name = validate_branch_name(branch or f"salvage/{record.salvage_id[:_SHORT]}")
         ref = f"{_REFS}/{record.salvage_id}"
-        await run(
-            "git", "-c", "protocol.file.allow=always", "fetch", "--quiet", "--no-tags", "--no-write-fetch-head",
-            "--no-recurse-submodules", "--no-auto-maintenance", "--end-of-options", self.path, ref,
-            env={"GIT_ALLOW_PROTOCOL": "file"},
-        )  # fmt: skip
+        if is_here:
+            await run(
+                "git", "-c", "protocol.file.allow=always", "fetch", "--quiet", "--no-tags", "--no-write-fetch-head",
+                "--no-recurse-submodules", "--no-auto-maintenance", "--end-of-options", self.path, ref,
+                env={"GIT_ALLOW_PROTOCOL": "file"},
+            )  # fmt: skip
+        else:
+            await self._send(record, ref, run)
         branches = _branches_of(record, name, with_files=not is_clean)
         await self._make_branches(branches, run, saved=f"update {ref} {record.commit}\n")
         if is_clean:
@@ -291,6 +297,23 @@ class Salvage:
             stashes=len(record.stash_commits) if is_clean else 0,
             is_checked_out=is_clean,
         )
+
+    async def _send(self, record: SalvageRecord, ref: str, run: RunCommand) -> None:
+        """Bring what a clone on another machine lacks of saved work into it, in one pack."""
+        commit = f"{record.commit}\n".encode()
+        if b" missing" not in (await run("git", "cat-file", "--batch-check", input=commit)).stdout:
+            return
+        tips = (await run("git", "for-each-ref", "--format=^%(objectname)")).stdout
+        bundle = await self._git.run(
+            *("bundle", "create", "--quiet", "-", "--ignore-missing", "--stdin"),
+            git_dir=self.path,
+            input=f"{ref}\n".encode() + tips,
+            repo_name=self._repo_name,
+            stdout_limit=_BUNDLE_BYTES,
+        )
+        pack = bundle.stdout.partition(b"\n\n")[2]
+        await run("git", "index-pack", "--fix-thin", "--stdin", input=pack)
+        await run("git", "rev-list", "--quiet", "--objects", record.commit, "--not", "--all", "--")
 
     async def _make_branches(self, branches: Mapping[str, str], run: RunCommand, *, saved: str) -> None:
         """Make all of them or none; those that a call made which was cancelled afterwards stay.

@@ -5,11 +5,14 @@ the clean-up log. It moves no slot between states: callers hold the slot and rec
 alternates, indexes or mounts (the strategy's business).
 """
 
+import asyncio
 import errno
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -34,14 +37,14 @@ from repopool_async.exceptions import (
     UnknownRefError,
 )
 from repopool_async.git_operations import GitOperations
-from repopool_async.hosts.base import Host
+from repopool_async.hosts.base import EndedProcesses, Host
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
 from repopool_async.run_as import RunAs
 from repopool_async.shared_state import PoolRecords
 from repopool_async.slot_setup import SlotSetup
-from repopool_async.workspaces.base import Checkout, Rung, Work, WorkspaceStrategy
+from repopool_async.workspaces.base import Checkout, Look, Rung, Work, WorkspaceStrategy
 from repopool_async.workspaces.clone import CloneWorkspace
 
 _log: Final = logging.getLogger("repopool")
@@ -55,6 +58,8 @@ SlotCallback = Callable[[Slot], Awaitable[None] | None]
 _NOT_THE_SLOTS_FAULT: Final = (HostUnreachableError, SubmoduleError, LfsError, UnknownRefError)
 _NOT_HELPED_BY_CLIMBING: Final = (GitDiskFullError, GitTransientError, GitAccessError, *_NOT_THE_SLOTS_FAULT)
 _NOT_THE_MIRRORS: Final = (GitTimeoutError, GitContentionError)
+
+T = TypeVar("T")
 
 _DISK_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -71,6 +76,18 @@ class Callbacks:
     configure: SlotCallback | None = None
     check: SlotCallback | None = None
     reset: SlotCallback | None = None
+
+
+@attrs.frozen
+class Left:
+    """What a lease was found to have left before its slot was cleaned.
+
+    Attributes:
+        ended: of its processes. look: at its tree. None: what is not known.
+    """
+
+    ended: EndedProcesses | None
+    look: Look | None
 
 
 class SlotCleaner:
@@ -157,16 +174,45 @@ class SlotCleaner:
         seal = await self._strategy(slot).seal(slot, wanted, keeps_mark=True)
         return await self._logged(log.result(wanted, work, seal))
 
-    async def cleanup_after_release(self, slot: Slot, checkout: Checkout | None = None) -> CleanupResult:
+    async def ending(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, "Left"]]:
+        """Return what `cleanup_after_release` begins with, as a piece of work that asks the host once.
+
+        It ends what the last lease left running and looks at the tree, so that both can be joined with what has to come
+        before. What it cannot see is seen, or reported, by the cleaning.
+        """
+        ending = await self._ending(slot)
+        looking = await self._looking(slot)
+
+        async def end_and_look() -> Left:
+            ended: asyncio.Future[EndedProcesses] | None = None
+            look: asyncio.Future[Look] | None = None
+            with _left_to_the_cleaning(slot):
+                async with self._host.joined() as joined:
+                    ended = joined(ending()) if ending is not None else None
+                    look = joined(looking()) if looking is not None else None
+            return Left(_outcome(ended), _outcome(look))
+
+        return end_and_look
+
+    async def _looking(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, Look]] | None:
+        if self._ordinary_rung is Rung.CLEAN:
+            with _left_to_the_cleaning(slot):
+                return await self._strategy(slot).looking(slot, trust_untouched=self._trusts_untouched)
+        return None
+
+    async def cleanup_after_release(
+        self, slot: Slot, checkout: Checkout | None = None, *, left: "Left | None" = None
+    ) -> CleanupResult:
         """End what the last lease left running and remove every trace of it (3.2 to 3.4).
 
         Args:
             slot: not AVAILABLE; its last lease is in the record. checkout: what it shall show afterwards.
+            left: what `ending` saw since, where that has been done.
 
         Raises:
             CleanupError: no rung of the ladder helped; quarantine the slot.
         """
-        first, is_alone = await self._end_lease(slot)
+        first, is_alone = await self._end_lease(slot, ended=left.ended if left is not None else None)
         result = await self._climb(
             _Log(slot, "return"),
             slot,
@@ -174,6 +220,7 @@ class SlotCleaner:
             first=first,
             keeps_paths=is_alone,
             falls_back=True,
+            look=left.look if left is not None else None,
         )
         return await self._set_up_ahead(slot, checkout, result)
 
@@ -282,19 +329,22 @@ class SlotCleaner:
         keeps_paths: bool = True,
         falls_back: bool = False,
         is_negotiable: bool = True,
+        look: Look | None = None,
     ) -> CleanupResult:
         """Try rung after rung; where the commit is nowhere any more, and nobody insists on it, show the default.
 
         Args:
             keeps_paths: whether kept directories stay.
             falls_back: show the commit of the last seal where the one wanted cannot be had.
+            look: what was seen of the tree since its lease ended, good for one try.
         """
         rung = first
         has_freed = False
         log.rung = None if first is self._ordinary_rung else first
         while True:
             try:
-                return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths)
+                seen, look = look, None
+                return await self._try_rung(log, slot, checkout, rung, keeps_paths=keeps_paths, look=seen)
             except (PoolManagerError, OSError) as error:
                 log.note(error)
                 if isinstance(error, HostUnreachableError | LeaseLostError):
@@ -330,14 +380,31 @@ class SlotCleaner:
             raise _quarantined(slot, error) from error
 
     async def _try_rung(
-        self, log: "_Log", slot: Slot, checkout: Checkout, rung: Rung, *, keeps_paths: bool
+        self,
+        log: "_Log",
+        slot: Slot,
+        checkout: Checkout,
+        rung: Rung,
+        *,
+        keeps_paths: bool,
+        look: Look | None = None,
     ) -> CleanupResult:
-        trust_untouched = self._callbacks.reset is None and self._callbacks.configure is None
         work = await self._strategy(slot).restore(
-            slot, checkout, rung=rung, trust_untouched=trust_untouched, keeps_paths=keeps_paths
+            slot,
+            checkout,
+            rung=rung,
+            trust_untouched=self._trusts_untouched,
+            keeps_paths=keeps_paths,
+            look=look,
+            seals=self._callbacks.reset is None,
         )
         await _call(self._callbacks.reset, slot)
         return await self._sealed(log, slot, checkout, work)
+
+    @property
+    def _trusts_untouched(self) -> bool:
+        """Whether a tree that nobody changed is as it shall be: the owner's callbacks may want something else."""
+        return self._callbacks.reset is None and self._callbacks.configure is None
 
     async def end_lease(self, slot: Slot) -> None:
         """End what the last lease, and whoever died at cleaning it, left running; cleaning does so by itself."""
@@ -353,22 +420,33 @@ class SlotCleaner:
         """Where every cleaning of this pool begins."""
         return Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
 
-    async def _end_lease(self, slot: Slot) -> tuple[Rung, bool]:
+    async def _ending(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, EndedProcesses]] | None:
+        """Return what ends the last lease's processes; None where there is no such lease."""
+        if slot.lease is None and self._run_as is None:
+            return None
+        mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
+        group = self._run_as.group_of(slot) if self._run_as is not None else None
+        since = None
+        if slot.lease is not None and slot.lease.owner.boot_id == await self._host.boot_id():
+            since = slot.lease.acquired_boottime
+        return partial(self._host.end_processes, mark=mark, tree=slot.path, since=since, group=group)
+
+    async def _end_lease(self, slot: Slot, *, ended: EndedProcesses | None = None) -> tuple[Rung, bool]:
         """End the last lease's processes; where others sit in the tree, only new inodes make it certain.
+
+        Args:
+            ended: what that did, where it has been done.
 
         Returns:
             The rung to begin with, and whether nobody sits there.
         """
         # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
         first = self._ordinary_rung
-        if slot.lease is None and self._run_as is None:
-            return first, True
-        mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
-        group = self._run_as.group_of(slot) if self._run_as is not None else None
-        since = None
-        if slot.lease is not None and slot.lease.owner.boot_id == await self._host.boot_id():
-            since = slot.lease.acquired_boottime
-        ended = await self._host.end_processes(mark=mark, tree=slot.path, since=since, group=group)
+        if ended is None:
+            ending = await self._ending(slot)
+            if ending is None:
+                return first, True
+            ended = await ending()
         if ended.survivors and self._run_as is not None:
             raise CleanupError(
                 f"{slot.slot_id}: processes of its last lease cannot be ended: {ended.survivors}; end them, then "
@@ -384,7 +462,7 @@ class SlotCleaner:
         return Rung.RECREATE_TREE, False
 
     async def _sealed(self, log: "_Log", slot: Slot, checkout: Checkout, work: Work) -> CleanupResult:
-        seal = await self._strategy(slot).seal(slot, checkout, since=work.since)
+        seal = work.seal or await self._strategy(slot).seal(slot, checkout, since=work.since)
         return await self._logged(log.result(checkout, work, seal))
 
     async def _check(self, log: "_Log", slot: Slot) -> None:
@@ -496,6 +574,19 @@ def _is_disk_full(error: BaseException) -> bool:
     return isinstance(error, GitDiskFullError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     )
+
+
+def _outcome(future: asyncio.Future[T] | None) -> T | None:
+    return future.result() if future is not None and future.done() else None
+
+
+@contextmanager
+def _left_to_the_cleaning(slot: Slot) -> Iterator[None]:
+    """Pass over what the cleaning meets as well, and then knows what to do about."""
+    try:
+        yield
+    except (PoolManagerError, OSError) as error:
+        _log.debug("%s: not seen before it is cleaned: %s", slot.slot_id, error)
 
 
 def _standing(slot: Slot) -> Checkout:

@@ -32,13 +32,13 @@ from repopool_async.exceptions import (
     SlotNotFoundError,
     StoreError,
 )
-from repopool_async.fencing import guard_of, leave
+from repopool_async.fencing import guard_of, leave, leave_and
 from repopool_async.host_chores import HostChores
 from repopool_async.hosts.upkeep import upkeep
 from repopool_async.models import CleanupResult, LeaseEnd, Slot, SlotState
 from repopool_async.open_leases import describe_holder
 from repopool_async.slot_allocator import available, broken
-from repopool_async.slot_cleaner import SlotCleaner
+from repopool_async.slot_cleaner import Left, SlotCleaner
 from repopool_async.slot_maker import Site, SlotMaker, standing
 from repopool_async.workspaces.base import Checkout
 
@@ -48,7 +48,8 @@ _RETRY_SECONDS: Final = 0.1
 _WATCH_SECONDS: Final = 0.1
 """How often a cleaner looks whether its slot was taken away."""
 
-_Work = Callable[[Checkout], Awaitable[CleanupResult]]
+_Work = Callable[[Checkout, Left | None], Awaitable[CleanupResult]]
+"""What is to be done to a slot that shall show something then, given what was seen of it already."""
 
 
 class SlotKeeper:
@@ -90,7 +91,11 @@ class SlotKeeper:
 
     def clean_later(self, hold: Hold, slot: Slot) -> None:
         """Clean a held slot in the background and make it AVAILABLE (or quarantine it)."""
-        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).cleanup_after_release(slot, checkout))
+
+        def clean(checkout: Checkout, left: Left | None) -> Awaitable[CleanupResult]:
+            return self._cleaner(slot).cleanup_after_release(slot, checkout, left=left)
+
+        self._settle_later(hold, slot, clean, looks=not self._is_due(slot.unsaved))  # what is to be saved comes first
 
     def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
         """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
@@ -107,18 +112,22 @@ class SlotKeeper:
             self.clean_later(hold, slot)
         return bool(kept_back)
 
-    def _settle_later(self, hold: Hold, slot: Slot, work: _Work) -> None:
+    def _settle_later(self, hold: Hold, slot: Slot, work: _Work, *, looks: bool = False) -> None:
         self._holds[slot.slot_id] = hold
-        task = self._tasks.spawn(self._settle(hold, slot, work), name=f"clean-{slot.slot_id}")
+        task = self._tasks.spawn(self._settle(hold, slot, work, looks=looks), name=f"clean-{slot.slot_id}")
         self._returning[slot.slot_id] = task
 
-    async def _settle(self, hold: Hold, slot: Slot, work: _Work) -> None:
-        """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery."""
+    async def _settle(self, hold: Hold, slot: Slot, work: _Work, *, looks: bool = False) -> None:
+        """Clean, make or repair a held slot and record what became of it; interrupted, leave it to recovery.
+
+        Args:
+            looks: whether to end its lease, and to look at what that left, together with leaving the slot on its host.
+        """
         try:
             async with self._pool.at_work(slot):
-                slot = await leave(self._pool.parts.of(slot).host, self._pool.parts.coordinator, hold)
+                slot, left = await self._leave(hold, looks=looks)
                 with upkeep(guard_of(slot)):
-                    slot, result = await self._do(hold, slot, work)
+                    slot, result = await self._do(hold, slot, work, left)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
                 with upkeep(guard_of(slot)):
                     await self._remove_held(hold)
@@ -143,11 +152,18 @@ class SlotKeeper:
                 self._holds.pop(slot.slot_id)
             self._pool.changed.set()
 
-    async def _do(self, hold: Hold, slot: Slot, work: _Work) -> tuple[Slot, CleanupResult]:
+    async def _leave(self, hold: Hold, *, looks: bool) -> tuple[Slot, Left | None]:
+        parts = self._pool.parts.of(hold.slot)
+        if not looks:
+            return await leave(parts.host, self._pool.parts.coordinator, hold), None
+        ending = await parts.cleaner.ending(hold.slot)
+        return await leave_and(parts.host, self._pool.parts.coordinator, hold, ending)
+
+    async def _do(self, hold: Hold, slot: Slot, work: _Work, left: Left | None) -> tuple[Slot, CleanupResult]:
         async with self._while_it_stands(hold):
             slot, work = await self._save_work(hold, slot, work)
             async with asyncio.timeout(self._pool.options.cleanup_timeout):
-                return slot, await work(await standing(self._pool, slot))
+                return slot, await work(await standing(self._pool, slot), left)
 
     @asynccontextmanager
     async def _while_it_stands(self, hold: Hold) -> AsyncIterator[None]:
@@ -229,7 +245,7 @@ class SlotKeeper:
         return self._pool.parts.of(slot).cleaner
 
     def _making_anew(self, slot: Slot) -> _Work:
-        return lambda checkout: self._cleaner(slot).repair_slot(slot, checkout)
+        return lambda checkout, _: self._cleaner(slot).repair_slot(slot, checkout)
 
     async def quarantine(self, hold: Hold, slot: Slot, error: BaseException) -> None:
         """Isolate a held slot with the reason (9.5) and let go of it."""
@@ -427,7 +443,7 @@ class SlotKeeper:
         if hold is None:
             return False
         slot = attrs.evolve(hold.slot, error=None)
-        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).repair_slot(slot, checkout))
+        self._settle_later(hold, slot, self._making_anew(slot))
         return True
 
     async def drop_quarantined_trees(self) -> list[str]:
@@ -453,7 +469,7 @@ class SlotKeeper:
     async def _repair(self, hold: Hold) -> CleanupResult:
         outcome: list[CleanupResult] = []
 
-        async def repair(checkout: Checkout) -> CleanupResult:
+        async def repair(checkout: Checkout, _: Left | None) -> CleanupResult:
             outcome.append(await self._cleaner(hold.slot).repair_slot(hold.slot, checkout))
             return outcome[0]
 
@@ -511,7 +527,7 @@ class SlotKeeper:
         return recovered
 
     def _recover_later(self, hold: Hold, slot: Slot) -> None:
-        self._settle_later(hold, slot, lambda checkout: self._cleaner(slot).recover(slot, checkout))
+        self._settle_later(hold, slot, lambda checkout, _: self._cleaner(slot).recover(slot, checkout))
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._pool.name, name, exc_info=error)

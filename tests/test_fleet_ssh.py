@@ -10,6 +10,7 @@ from repopool_async import (
     CommandFailedError,
     FencedError,
     HostSpec,
+    LeasedSlot,
     LeaseLostError,
     PoolConfig,
     PoolManager,
@@ -17,6 +18,7 @@ from repopool_async import (
     SlotElsewhereError,
     SlotState,
     SshHost,
+    host_registry,
 )
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
@@ -68,6 +70,39 @@ async def test_a_lease_on_another_machine(
         assert box.exec_count - before == 2
     await manager.delete_pool("web")
     assert os.listdir(tmp_path / "there") == [".managers"]
+
+
+_CHANGES = {
+    "nothing": ("true", 2),
+    "files changed, removed and made": ("echo x >>README.md; rm src/app.py; mkdir -p new/deep; echo >new/deep/file", 3),
+    "something committed": ("echo x >>README.md; git -c user.name=a -c user.email=a@b commit -qam x", 3),
+    "odd things": ("mkfifo src/fifo; git init -q nested; chmod 700 src; ln README.md again; ln -s / root", 3),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+async def test_how_many_executions_a_cleaning_is(
+    manager: PoolManager, box: SshHost, origin: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """What ends the lease and looks at the tree is one, what only git can tell is another, the rest is the last."""
+    script, executions = _CHANGES[change]
+    # What else is asked of the host now and then would be counted as well.
+    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)
+    monkeypatch.setattr(host_registry, "_PATIENCE_SECONDS", 3600.0)
+    pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
+    counted = 0
+    for _ in range(2):  # the first asks what is known of the commit afterwards
+        async with pool.lease() as slot:
+            await slot.run("sh", "-c", script)
+            before = box.exec_count
+        await manager.wait_clean()
+        counted = box.exec_count - before
+    assert counted == executions
+    async with pool.lease() as slot:
+        assert (await slot.run("git", "status", "--porcelain", "--ignored")).text == ""
+        assert (await slot.run("git", "rev-parse", "HEAD", "origin/main")).text.split() == [slot.commit] * 2
+        assert (await slot.run("git", "ls-files", "--stage")).text.count("\n") > 1
+        assert (await slot.run("git", "fsck", "--strict")).exit_code == 0
 
 
 async def test_what_a_lease_left_running_ends_and_its_token_is_refused(
@@ -126,3 +161,38 @@ async def test_a_cleaning_goes_no_further_once_its_slot_was_taken_over(
         assert (status.state, status.error) == (SlotState.CLEANING, None)
         async with pool.lease() as slot:  # recovers it: nobody else is at it really
             assert slot.token > 6
+
+
+@pytest.mark.parametrize(("left_on", "brought_to"), [("box", "box"), ("box", "local"), ("local", "box")])
+async def test_saved_work_is_brought_back_on_whichever_host(
+    manager: PoolManager, origin: Path, left_on: str, brought_to: str
+) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["box", "local"], fetch_max_age=3600)
+    slots = {slot.host_id: slot for slot in [await leased(manager), await leased(manager)]}
+    script = (
+        "git config user.name a; git config user.email a@b; echo stashed >README.md; git stash push -qm kept;"
+        "echo x >committed; git add -A; git commit -qm one; git branch side; echo changed >>src/app.py; echo >untracked"
+    )
+    await slots[left_on].run("sh", "-c", script)
+    head = (await slots[left_on].run("git", "rev-parse", "HEAD")).text
+    await pool.watch.force_unlock(slots[left_on].slot_id)
+    await manager.wait_clean()
+    (record,) = await manager.list_salvage()
+    del slots[left_on]
+    slot = slots.get(brought_to) or await leased(manager)
+    restored = await manager.restore_salvage(record.salvage_id, slot)
+    assert restored.is_checked_out
+    again = await manager.restore_salvage(record.salvage_id, slot)
+    assert (again.branch, again.is_checked_out) == (restored.branch, False)
+    assert (await slot.run("git", "rev-parse", "HEAD")).text == head
+    assert (await slot.run("git", "status", "--porcelain")).text == " M src/app.py\n?? untracked\n"
+    assert (await slot.run("git", "show", "stash@{0}:README.md")).text == "stashed\n"
+    assert (await slot.run("git", "fsck", "--connectivity-only")).exit_code == 0
+    for one in {one.slot_id: one for one in (*slots.values(), slot)}.values():
+        await manager.release_slot(one)
+
+
+async def leased(manager: PoolManager) -> LeasedSlot:
+    slot = await manager.allocate_slot("web", timeout=30)
+    assert slot is not None
+    return slot

@@ -9,6 +9,7 @@ connection.
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -197,6 +198,8 @@ BOOTSTRAP: Final = "exec sh"
 process that of the channel, and the leader of its group."""
 CLEAN_BOOTSTRAP: Final = "exec env -i sh"
 """The same without any environment."""
+JOINED_BOOTSTRAP: Final = 'exec env -i PATH="$PATH" sh'
+"""The same with nothing but where the login finds its tools, for scripts that also run commands."""
 _LINE_BOOTSTRAP: Final = """exec env -i sh -c 'IFS= read -r s && eval "$(printf %b "$s")"'"""
 """Likewise; the script is the first line of standard input, of which a shell reads nothing more."""
 
@@ -227,14 +230,19 @@ def framed(
     settings: bytes = b"",
     stops: bool = False,
     before: bytes = b"",
+    may_end_with: Sequence[Sequence[int]] | None = None,
 ) -> bytes:
     """Return a script that makes calls one after another, in frames that `answers` reads.
 
     Args:
         stops: whether the first that fails is the last. before: what comes first.
+        may_end_with: of each call, the statuses with which it has not failed; only 0 where missing.
     """
-    last = b"[ $s = 0 ] || exit 0\n" if stops else b""
-    frames = b"".join(b"begin\n(\n" + call + b"\n)\ns=$?\nend $s\n" + last for call in calls)
+    frames = b""
+    for call, statuses in zip(calls, may_end_with or itertools.repeat((0,)), strict=False):
+        goes_on = b"|".join(b"%d" % status for status in statuses)
+        last = b"case $s in %b) ;; *) exit 0;; esac\n" % goes_on if stops else b""
+        frames += b"begin\n(\n" + call + b"\n)\ns=$?\nend $s\n" + last
     head = library("core", *sections) + settings + b"\nN=" + word.encode() + b"\n" + before + b"\nstarted_as\n"
     return b"{\n" + head + frames + b"exit 0\n} </dev/null\n"
 

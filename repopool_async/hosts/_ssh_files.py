@@ -42,6 +42,7 @@ from repopool_async.hosts.base import (
     EndedProcesses,
     FileStat,
     FileStep,
+    Inode,
     Known,
     Settled,
     TreeInspection,
@@ -84,7 +85,7 @@ class RemoteFiles:
     async def read_bytes(self, path: str, *, limit: int) -> bytes | None:
         """See `Host.read_bytes`; what is exchanged for a fifo at the wrong moment can hold up a host without GNU dd."""
         call = command("read_file", path, limit // BLOCK_BYTES + 1)
-        answer = await self._shell.call(lambda _: call, "reading", is_repeatable=True)
+        answer = await self._shell.call(lambda _: call, "reading", is_repeatable=True, may_end_with=(0, _ABSENT))
         if answer.status == _ABSENT:
             return None
         data = answer.require(path)
@@ -123,13 +124,14 @@ class RemoteFiles:
         passed_over: Collection[str] = (),
         known: Known | None = None,
         beside: str | None = None,
+        only: Inode | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared, nothing is passed over."""
         if passed_over or known is not None:
             raise _not_there(root)
         fresh = temporary(beside or root)
         exact = await self._is_exact()
-        answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh), "inspection")
+        answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh, only), "inspection")
         return read_inspection(answer, root, fresh, since_ns=since_ns, settled=settled, is_exact=exact)
 
     async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:  # noqa: ARG002
@@ -178,10 +180,11 @@ class RemoteFiles:
         sizes = dict(zip(flat, answer.require(root).split(b"\0"), strict=False))
         return [_measured(sizes.get(name.rstrip("/"), b"")) for name in names]
 
-    async def file_system_clock_ns(self, directory: str) -> int:
+    async def file_system_clock_ns(self, directory: str, *, moves_on: bool = False) -> int:
         """See `Host.file_system_clock_ns`; in whole seconds, counted up within one, where the host has no GNU find."""
         name = temporary(f"{directory}/x").rpartition("/")[2]
-        answer = await self._shell.call(lambda _: command("clock", directory, name), "reading")
+        call = command("clock", directory, name, "1" if moves_on else "")
+        answer = await self._shell.call(lambda _: call, "reading")
         text = answer.require(directory).decode().strip()
         if "." in text:
             return nanoseconds(text)
@@ -257,13 +260,14 @@ class RemoteFiles:
         return "gnu_find" in (await self._shell.tools()).flags
 
 
-def _inspection(tools: Tools, root: str, since_ns: int | None, fresh: str) -> bytes:
+def _inspection(tools: Tools, root: str, since_ns: int | None, fresh: str, only: Inode | None) -> bytes:
     named = (root, mount_name(root), glob_literal(root))
     if "gnu_find" not in tools.flags:
-        return command("inspect_posix", *named)
+        return command("inspect_posix", *named, "" if only is None else only.inode)
     # Find asks for later, not for as late or later.
     since = "" if since_ns is None else f"@{(since_ns - 1) // 10**9}.{(since_ns - 1) % 10**9:09d}"
-    return command("inspect_gnu", *named, since, deep_pattern(root), fresh)
+    inode = "" if only is None else f"{only.device} {only.inode}"
+    return command("inspect_gnu", *named, since, deep_pattern(root), fresh, inode)
 
 
 @attrs.frozen

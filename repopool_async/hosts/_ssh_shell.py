@@ -21,6 +21,7 @@ from repopool_async._process import GRACE_SECONDS
 from repopool_async.exceptions import HostUnreachableError, PlatformNotSupportedError
 from repopool_async.hosts._scripts import (
     BOOTSTRAP,
+    JOINED_BOOTSTRAP,
     Answer,
     Tools,
     answers,
@@ -34,8 +35,10 @@ from repopool_async.hosts._scripts import (
     under,
 )
 from repopool_async.hosts._ssh_connection import Breaker, Connection, SshOptions, Target
+from repopool_async.hosts._ssh_joined import Asked, RemoteJoined, piece_of
 from repopool_async.hosts._ssh_process import Refusal, Session, Sink
 from repopool_async.hosts.base import Guard
+from repopool_async.hosts.joined import Joined
 from repopool_async.hosts.upkeep import upkeep_of
 
 logger: Final = logging.getLogger("repopool")
@@ -108,44 +111,69 @@ class Shell:
     # -- calls of the library ------------------------------------------------------------------------------------
 
     async def call(
-        self, make: Call, *sections: str, is_repeatable: bool = False, is_confidential: bool = False
+        self,
+        make: Call,
+        *sections: str,
+        is_repeatable: bool = False,
+        is_confidential: bool = False,
+        may_end_with: tuple[int, ...] = (0,),
     ) -> Answer:
-        """Make one call; it finishes even when the caller is cancelled.
+        """Make one call, together with others where it is a piece of a joined block; else it finishes in any case.
 
         Args:
             sections: of the library that it needs.
             is_repeatable: whether it may be made once more where nobody knows whether it was.
             is_confidential: whether nobody who lists the host's processes may see it; costs a round trip more.
+            may_end_with: with which exit codes it has not failed, so that a joined block goes on.
 
         Raises:
             HostUnreachableError: says whether it has certainly not begun.
             FencedError: it was upkeep of a slot that was taken over.
         """
-        is_work = _FENCES.isdisjoint(sections)  # what moves a fence must not have to pass it
-        once = functools.partial(self._call_once, make, sections, is_confidential=is_confidential, is_work=is_work)
-        return await shielded(self._call(once, is_repeatable=is_repeatable), name="ssh-call")
+        make_question = functools.partial(
+            self._question, make, sections, is_confidential=is_confidential, may_end_with=may_end_with
+        )
+        piece = piece_of(self)
+        if piece is not None:
+            asked = await make_question()
+            return self._admitted(asked, (await piece.ask([asked]))[0])
+        return await shielded(self._call(make_question, is_repeatable=is_repeatable), name="ssh-call")
 
-    async def _call(self, once: Callable[[], Coroutine[Any, Any, Answer]], *, is_repeatable: bool) -> Answer:
+    @property
+    def is_joining(self) -> bool:
+        """Whether what is asked now is a piece of a joined block."""
+        return piece_of(self) is not None
+
+    async def ask(self, text: bytes, *, upkeep: Guard | None, timeout: float | None) -> Answer:
+        """Have a command run as a piece of a joined block; raises as `call`."""
+        piece = piece_of(self)
+        assert piece is not None
+        asked = Asked(text, ("starting",), upkeep, is_confidential=True, is_command=True, timeout=timeout)
+        return self._admitted(asked, (await piece.ask([asked]))[0])
+
+    def joined(self) -> Joined:
+        """See `Host.joined`."""
+        return RemoteJoined(self, self._execute_joined)
+
+    async def _call(self, make_question: Callable[[], Coroutine[Any, Any, Asked]], *, is_repeatable: bool) -> Answer:
+        asked = await make_question()
         try:
-            return await once()
+            answers = await self._execute([asked])
         except HostUnreachableError as error:
             if not is_repeatable or error.has_not_started:
                 raise
-        return await once()
+            answers = await self._execute([asked])
+        return self._admitted(asked, answers[0])
 
-    async def _call_once(
-        self, make: Call, sections: Sequence[str], *, is_confidential: bool = False, is_work: bool = False
-    ) -> Answer:
-        tools = await self._known_tools()
-        call, settings = make(tools), tools.settings()
-        guard = upkeep_of([call]) if is_work else None
-        if guard is None:
-            return await self._execute(call, sections, settings, is_confidential=is_confidential)
-        sections = (*sections, "fence")
-        answer = await self._execute(under(guard, call), sections, settings, is_confidential=is_confidential)
-        if answer.status == _NOT_OURS:
+    async def _question(self, make: Call, sections: tuple[str, ...], **kind: Any) -> Asked:
+        text = make(await self._known_tools())
+        is_work = _FENCES.isdisjoint(sections)  # what moves a fence must not have to pass it
+        return Asked(text, sections, upkeep_of([text]) if is_work else None, **kind)
+
+    def _admitted(self, asked: Asked, answer: Answer) -> Answer:
+        if asked.guard is not None and answer.status == _NOT_OURS:
             top = answer.stdout.decode(errors="replace")
-            raise fenced(guard.slot_directory, guard.token, top, host_id=self._host_id)
+            raise fenced(asked.guard.slot_directory, asked.guard.token, top, host_id=self._host_id)
         return answer
 
     async def tools(self) -> Tools:
@@ -155,7 +183,7 @@ class Shell:
     async def _known_tools(self) -> Tools:
         await self._primary.connected()
         if self._tools is None or self._tools[0] != self._primary.generation:
-            answer = await self._execute(b"probe", ("probe",), b"")
+            answer = (await self._execute([Asked(b"probe", ("probe",))]))[0]
             try:
                 found = Tools.parse(answer.stdout)
             except (KeyError, ValueError) as error:
@@ -165,21 +193,21 @@ class Shell:
             self._tools = (self._primary.generation, found)
         return self._tools[1]
 
-    async def _execute(
-        self, call: bytes, sections: Sequence[str], settings: bytes, *, is_confidential: bool = False
-    ) -> Answer:
+    async def _execute_joined(self, asked: Sequence[Asked]) -> list[Answer]:
+        if any(one.is_command for one in asked):
+            return await self._execute(asked)  # which ends them with whoever waits
+        return await shielded(self._execute(asked), name="ssh-joined")
+
+    async def _execute(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Make calls in order in one execution, up to the first that fails."""
         word = new_word()
-        script = framed([call], word, sections=sections, settings=settings)
-        execute = None if is_confidential else inline(script)
-        if execute is None:
-            execute, sent = BOOTSTRAP, script
-        else:
-            sent = b""
+        script = self._script(asked, word)
         stdout, stderr = bytearray(), bytearray()
         sinks: dict[int, Sink] = {1: stdout.extend, 2: stderr.extend}
-        deadline = Deadline.after(_OPERATION_SECONDS)
-        async with self._primary.channel(execute, lambda: Session(word, sent, sinks)) as session:
-            limit = await session.watch(_OPERATION_SECONDS, deadline, None)
+        seconds = sum(_OPERATION_SECONDS if one.timeout is None else one.timeout for one in asked)
+        deadline = Deadline.after(seconds)
+        async with self._executing(asked, word, script, sinks) as session:
+            limit = await session.watch(seconds, deadline, None)
             if limit is not None:
                 self._tasks.spawn(self._end(session, None), name="end")
                 raise OSError(errno.ETIMEDOUT, f"host {self._host_id} did not answer within {limit:g} s")
@@ -189,7 +217,33 @@ class Shell:
         if not found:
             text = bytes(stderr).decode(errors="replace").strip()[-200:]
             raise OSError(errno.EIO, f"host {self._host_id} could not run a script: {text or 'it said nothing'}")
-        return found[0]
+        return found
+
+    def _script(self, asked: Sequence[Asked], word: str) -> bytes:
+        sections = {section: None for one in asked for section in one.sections}
+        if any(one.guard is not None for one in asked):
+            sections["fence"] = None
+        return framed(
+            [one.text if one.guard is None else under(one.guard, one.text) for one in asked],
+            word,
+            sections=tuple(sections),
+            settings=b"" if self._tools is None else self._tools[1].settings(),
+            stops=True,
+            may_end_with=[one.may_end_with for one in asked],
+        )
+
+    @asynccontextmanager
+    async def _executing(
+        self, asked: Sequence[Asked], word: str, script: bytes, sinks: Mapping[int, Sink]
+    ) -> AsyncIterator[Session]:
+        if any(one.is_command for one in asked):
+            async with self.started(Launch(lambda _: (JOINED_BOOTSTRAP, script), word=word), sinks) as session:
+                yield session
+            return
+        execute = None if any(one.is_confidential for one in asked) else inline(script)
+        bootstrap, sent = (BOOTSTRAP, script) if execute is None else (execute, b"")
+        async with self._primary.channel(bootstrap, lambda: Session(word, sent, sinks)) as session:
+            yield session
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -281,7 +335,7 @@ class Shell:
         calls = [command("end_group", pid, round(GRACE_SECONDS * _TICKS_PER_SECOND))]
         if guard is not None:
             calls.append(command("rm", "-f", f"{guard.slot_directory}/run/{padded(guard.token)}.{pid}"))
-        answer = await self._call_once(lambda _: b" && ".join(calls), ("processes",))
+        answer = (await self._execute([Asked(b" && ".join(calls), ("processes",))]))[0]
         if answer.status != 0:
             logger.error("host %s: process group %d could not be ended", self._host_id, pid)
 
@@ -291,9 +345,7 @@ class Shell:
 
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a process group, in the background."""
-        self._tasks.spawn(
-            self._call_once(lambda _: command("signal_group", number, pid), ("processes",)), name="signal"
-        )
+        self._tasks.spawn(self._execute([Asked(command("signal_group", number, pid), ("processes",))]), name="signal")
 
 
 def _note_failure(name: str, failure: BaseException) -> None:

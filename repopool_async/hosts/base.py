@@ -12,6 +12,7 @@ from typing import Final, Protocol, Self
 
 import attrs
 
+from repopool_async.hosts.joined import Joined
 from repopool_async.models import CommandResult
 
 DEFAULT_STDOUT_LIMIT: Final = 256 * 1024 * 1024
@@ -44,6 +45,14 @@ class FileStat:
     links: int
     mtime_ns: int
     ctime_ns: int
+
+
+@attrs.frozen
+class Inode:
+    """One inode among all of a machine's; where a host does not tell devices apart, `device` is 0."""
+
+    device: int
+    inode: int
 
 
 @attrs.frozen
@@ -399,6 +408,9 @@ class Host(Protocol):
             The results of those that ran.
         """
 
+    def joined(self) -> Joined:
+        """Return a block whose pieces of work are done in order at its end, in one round trip where possible."""
+
     def open_process(
         self,
         argv: Sequence[str],
@@ -461,6 +473,7 @@ class Host(Protocol):
         passed_over: Collection[str] = (),
         known: Known | None = None,
         beside: str | None = None,
+        only: Inode | None = None,
     ) -> TreeInspection:
         """Look at every inode of a tree once and make its directories accessible to their owner.
 
@@ -475,9 +488,10 @@ class Host(Protocol):
             known: what belongs there; everything where missing. Not together with `passed_over`.
             beside: what the new directory is made next to that `irregular` compares with; the root where missing. Who
                 looks at a part of a tree names the tree, so that nothing is made inside it.
+            only: what the root has to be; nothing is done in another.
 
         Raises:
-            NotADirectoryError: the root is no directory, or a link.
+            NotADirectoryError: the root is no directory, or a link. OSError: ESTALE: it is not the one it has to be.
         """
 
     async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:
@@ -505,8 +519,12 @@ class Host(Protocol):
             Which were moved.
         """
 
-    async def file_system_clock_ns(self, directory: str) -> int:
-        """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now."""
+    async def file_system_clock_ns(self, directory: str, *, moves_on: bool = False) -> int:
+        """Return the present time of the file system's own clock in nanoseconds: the ctime a change would get now.
+
+        Args:
+            moves_on: wait, for some milliseconds, until it is no longer the time that the last change may have got.
+        """
 
     async def end_processes(
         self,

@@ -7,6 +7,7 @@ is written in `_files`, `_tree` and `_marked`, how commands run in `_process`. N
 # ruff: noqa: PTH103, PTH105, PTH108, PTH118, PTH208
 
 import asyncio
+import errno
 import os
 import secrets
 import stat
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
 
+import anyio
 import attrs
 
 from repopool_async import _files, _mounts, _removal
@@ -41,6 +43,7 @@ from repopool_async.hosts.base import (
     GiveTree,
     Guard,
     HostProcess,
+    Inode,
     Known,
     MakeDirectory,
     OutputCallback,
@@ -52,6 +55,7 @@ from repopool_async.hosts.base import (
     Wanted,
     WriteFile,
 )
+from repopool_async.hosts.joined import Joined
 from repopool_async.hosts.upkeep import upkeep_of
 from repopool_async.models import CommandResult
 
@@ -59,6 +63,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _CLOCK_PRECISION_NS: Final = 5_000_000
+_CLOCK_TICK_SECONDS: Final = 0.002
 
 
 class LocalHost:
@@ -156,6 +161,10 @@ class LocalHost:
                 if stop and result.exit_code != 0:
                     break
         return results
+
+    def joined(self) -> Joined:
+        """See `Host.joined`; one piece follows the other."""
+        return Joined()
 
     def open_process(
         self,
@@ -260,8 +269,11 @@ class LocalHost:
         passed_over: Collection[str] = (),
         known: Known | None = None,
         beside: str | None = None,
+        only: Inode | None = None,
     ) -> TreeInspection:
         """See `Host.inspect_tree`."""
+        if only is not None:
+            await in_thread(_require_inode, root, only)
         if since_ns is not None and known is not None and known.file_count >= _survey.MANY_FILES:
             surveyed = await _survey.inspect_tree(root, since_ns, settled, known)
             if surveyed is not None:
@@ -282,9 +294,13 @@ class LocalHost:
         paths = (source, target)
         return await self._change(paths, _moves.move_directories, source, target, tuple(names)) if names else ()
 
-    async def file_system_clock_ns(self, directory: str) -> int:
+    async def file_system_clock_ns(self, directory: str, *, moves_on: bool = False) -> int:
         """See `Host.file_system_clock_ns`."""
-        return await in_thread(_file_system_clock_ns, directory)
+        first = now = await in_thread(_file_system_clock_ns, directory)
+        while moves_on and now == first:
+            await anyio.sleep(_CLOCK_TICK_SECONDS)
+            now = await in_thread(_file_system_clock_ns, directory)
+        return now
 
     async def boot_id(self) -> str:
         """See `Host.boot_id`."""
@@ -437,6 +453,12 @@ def _stat(path: str) -> FileStat | None:
         mtime_ns=status.st_mtime_ns,
         ctime_ns=status.st_ctime_ns,
     )
+
+
+def _require_inode(path: str, wanted: Inode) -> None:
+    found = _stat(path)
+    if found is None or (found.device, found.inode) != (wanted.device, wanted.inode):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 def _kind(mode: int) -> FileKind:

@@ -40,6 +40,7 @@ from repopool_async.hosts.base import (
     HostProcess,
     OutputCallback,
 )
+from repopool_async.hosts.joined import Joined
 from repopool_async.hosts.upkeep import upkeep_of
 from repopool_async.models import CommandResult
 
@@ -158,11 +159,13 @@ class SshHost(RemoteFiles, RemoteFence):
         open, or where the call ends early: to look would take another round trip.
         """
         work = None if guard is not None else upkeep_of([cwd or "/", *argv, *env.values()])
+        limits = _Limits(timeout, idle_timeout, stdout_limit, stderr_limit)
+        if guard is None and self._shell.is_joining:
+            return await self._run_joined(Command(tuple(argv), env, cwd, input), work, limits, on_output)
         make = functools.partial(
             starting, tuple(argv), env=env, cwd=cwd or "/", guard=guard, has_stdin=input is not None, upkeep=work
         )
         launch = Launch(make, guard=guard, upkeep=work, keeps_stdin=input is not None, is_lessees=guard is not None)
-        limits = _Limits(timeout, idle_timeout, stdout_limit, stderr_limit)
         return await self._run(argv, launch, limits, input=input, on_output=on_output)
 
     async def batch(
@@ -189,6 +192,31 @@ class SshHost(RemoteFiles, RemoteFence):
                 CommandResult(_exit_code(answer.status), answer.stdout, answer.stderr, done.duration_seconds)
             )
         return results
+
+    def joined(self) -> Joined:
+        """See `Host.joined`: what the pieces begin with is one execution, and ends at the first that fails.
+
+        Whoever is cancelled waits for it, unless a command is among them: then all of it is ended.
+        """
+        return self._shell.joined()
+
+    async def _run_joined(
+        self, one: Command, work: Guard | None, limits: "_Limits", on_output: OutputCallback | None
+    ) -> CommandResult:
+        began, refusal = time.monotonic(), new_word()
+        call = b"(\n" + batch_call(one, refusal) + b"\n)"
+        answer = await self._shell.ask(call, upkeep=work, timeout=limits.timeout)
+        _require_started(answer.stderr, refusal)
+        stdout, stderr = _Tail(limits.stdout), _Tail(limits.stderr)
+        _sink("stdout", stdout, on_output)(answer.stdout)
+        _sink("stderr", stderr, on_output)(answer.stderr)
+        return CommandResult(
+            exit_code=_exit_code(answer.status),
+            stdout=stdout.value(),
+            stderr=stderr.value(),
+            duration_seconds=time.monotonic() - began,
+            is_truncated=stdout.is_truncated or stderr.is_truncated,
+        )
 
     async def _run(
         self,

@@ -5,9 +5,9 @@ A strategy never executes anything that lies in a tree, and never touches a path
 pool's trash.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -64,6 +64,7 @@ class Work:
         steps: in order, for the clean-up log. removed: untracked entries that went. restored: tracked files rewritten.
         warm: whether the tree stood there already.
         since: from when on changes count, what was done itself being noted elsewhere; None: from the seal on.
+        seal: the record that the tree is clean, where it was made at once.
     """
 
     steps: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ class Work:
     restored: int = 0
     warm: bool = False
     since: Mark | None = None
+    seal: Seal | None = None
 
 
 @attrs.frozen
@@ -94,6 +96,11 @@ class Remains:
     is_untouched: bool
     git_config: Mapping[str, str]
     kept: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Look:
+    """What a strategy saw of a slot before anything of it was changed; each has its own."""
 
 
 class WorkspaceStrategy(Protocol):
@@ -124,6 +131,15 @@ class WorkspaceStrategy(Protocol):
             GitOperationError, OSError: it could not be done.
         """
 
+    async def looking(self, slot: Slot, *, trust_untouched: bool) -> Callable[[], Coroutine[Any, Any, Look]] | None:
+        """Return a piece of work that looks at a sealed slot, so that `restore` need not; None where that is no use.
+
+        The piece asks the host once. It raises `CleanupError` or `OSError` where `restore` would at the first rung.
+
+        Args:
+            trust_untouched: as `restore` will be told.
+        """
+
     async def restore(
         self,
         slot: Slot,
@@ -132,6 +148,8 @@ class WorkspaceStrategy(Protocol):
         rung: Rung,
         trust_untouched: bool = True,
         keeps_paths: bool = True,
+        look: Look | None = None,
+        seals: bool = False,
     ) -> Work:
         """Bring a tree that a lessee had to `checkout`, removing everything that is not part of it.
 
@@ -141,6 +159,7 @@ class WorkspaceStrategy(Protocol):
             rung: how little to trust. trust_untouched: whether a tree in which no inode changed since the seal may be
                 taken as it is.
             keeps_paths: whether kept directories stay; they must not where somebody may still stand in one of them.
+            look: what was seen since the lease ended, where that is known. seals: whether to `seal` at once as well.
 
         Raises:
             CleanupError: the tree is not clean afterwards; try the next rung.

@@ -6,20 +6,23 @@ Changes are found by the kernel's own change time of every inode since the seal,
 changed is rewritten, never merely refreshed.
 """
 
+import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from typing import Any
 
 import attrs
 
 from repopool_async._git import GitRunner
 from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError, PoolManagerError
-from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, RemoveFile, Rename, TreeInspection
+from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, RemoveFile, Rename
+from repopool_async.hosts.joined import Joined
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
 from repopool_async.refs import FULL_ID
 from repopool_async.run_as import RunAs
-from repopool_async.workspaces.base import Checkout, Mark, Remains, Rung, Work
+from repopool_async.workspaces.base import Checkout, Look, Mark, Remains, Rung, Work
 from repopool_async.workspaces.git_installer import GitInstaller
 from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.lfs import Lfs
@@ -32,6 +35,7 @@ from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
 from repopool_async.workspaces.tracked_names import Tracked, TrackedNames
 from repopool_async.workspaces.tree_cleaner import TreeCleaner, is_ordinary, is_untouched
+from repopool_async.workspaces.tree_look import TreeLook, TreeLooker
 from repopool_async.workspaces.tree_writer import TreeWriter
 
 
@@ -82,8 +86,17 @@ class CloneWorkspace:
         self._seals = seals
         self._pristine = pristine
         self._writer = writer
-        self._tracked = TrackedNames(host=host, pristine=pristine)
+        self._sparse = sparse
         self._settled = SettledNames(host=host, submodules=submodules)
+        self._looker = TreeLooker(
+            host=host,
+            mirror=mirror,
+            pristine=pristine,
+            seals=seals,
+            settled=self._settled,
+            kept=kept,
+            tracked=TrackedNames(host=host, pristine=pristine),
+        )
         self._cleaner = TreeCleaner(
             host=host, pristine=pristine, submodules=submodules, sparse=sparse, writer=writer, kept=kept
         )
@@ -137,10 +150,10 @@ class CloneWorkspace:
         if seal.commit == checkout.commit:
             if seal.branch == checkout.branch and seal.refs_generation == await self._seals.generation(checkout.commit):
                 return Work(steps=("warm",), warm=True)
-            await self._pristine.require_unchanged(slot)
+            await self._pristine.refuse_changed(slot)
             await self._installer.install(slot, checkout, is_sealed=True)
             return Work(steps=("refs renewed",), warm=True)
-        await self._pristine.require_unchanged(slot)
+        await self._pristine.refuse_changed(slot)
         submodules = await self._submodules.standing(Place.of(slot))
         moved = await self._kept.take_out(slot, seal.commit, unless_kept_by=checkout.commit)
         written = await self._writer.switch(slot, seal.commit, checkout)
@@ -157,59 +170,98 @@ class CloneWorkspace:
         rung: Rung,
         trust_untouched: bool = True,
         keeps_paths: bool = True,
+        look: Look | None = None,
+        seals: bool = False,
     ) -> Work:
         """See `WorkspaceStrategy.restore`."""
         await self._forget(slot, checkout, rung)
         if not keeps_paths:
             await self._kept.drop(slot)
         await self._kept.drop_former(slot)
-        standing = await self._kept.standing(slot)
         if rung >= Rung.RECREATE_TREE or self._run_as is not None:
             if keeps_paths:
-                await self._kept.take_out(slot, standing)
+                await self._kept.take_out(slot, await self._kept.standing(slot))
             return await self.provision(slot, checkout)
-        paths = SlotPaths(slot.path)
         await self._writer.obtain(checkout.commit)  # refused or not to be had: while nothing has been touched
-        root = await self._host.stat(slot.path)
-        if root is None or root.kind is not FileKind.DIRECTORY or not is_same_tree(root, slot.seal):
-            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
-        is_trusted = rung is Rung.CLEAN and self._seals.is_written_as_wanted(slot.seal)
-        since = await self._seals.trusted_mark(slot.seal) if is_trusted else None
-        if since is None:
-            await self._kept.take_out(slot, standing)  # while it is known what the tree shows
-            await self._pristine.renew(slot)
-        else:
-            await self._pristine.require_unchanged(slot)
+        seen = await self._seen(slot, look, rung=rung, trust_untouched=trust_untouched)
         if self._own is not None:
             await self._own.tidy(slot)
-        settled = await self._settled.of(slot)
-        kept = await self._kept.of_commit(standing)
-        can_be_told = self._host.can_tell_unknown and since is not None and trust_untouched and not self._kept.names
-        tracked = await self._tracked.of(slot) if can_be_told else None
-        mark = await self._seals.begin(slot)
-        inspection = await self._host.inspect_tree(
-            slot.path,
-            since_ns=since,
-            settled=settled,
-            passed_over=kept,
-            known=tracked.names if tracked else None,
+        since, settled = seen.since_ns, seen.settled
+        is_quiet = (
+            since is not None and seen.root.ctime_ns < settled.since_ns and self._seals.is_made_as_wanted(slot.seal)
         )
-        await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
-        is_quiet = since is not None and root.ctime_ns < settled.since_ns and self._seals.is_made_as_wanted(slot.seal)
         gitfiles = (
             await self._submodules.unchanged_gitfiles(Place.of(slot), since, settled) if since and is_quiet else ()
         )
-        if trust_untouched and is_quiet and is_untouched(inspection, gitfiles):
-            await self._kept.take_out(slot, standing, unless_kept_by=checkout.commit)
+        if trust_untouched and is_quiet and is_untouched(seen.inspection, gitfiles):
+            await self._kept.take_out(slot, seen.standing, unless_kept_by=checkout.commit)
             work = await self._cleaner.switch_untouched(slot, checkout)
-        elif tracked is not None and is_ordinary(inspection):
-            work = await self._clean_ordinary(slot, checkout, tracked, inspection, mark)
-        else:
-            await self._kept.take_out(slot, standing)
-            work = await self._cleaner.clean(slot, checkout, inspection)
-        await self._kept.put_back(slot, checkout.commit)
-        await self._installer.install(slot, checkout)
-        return work
+            return await self._finish(slot, checkout, lambda _: lambda: work, seals=seals)
+        if since is not None and seen.tracked is not None and is_ordinary(seen.inspection):
+            work = await self._clean_ordinary(slot, checkout, seen.tracked, seen)
+            return await self._finish(slot, checkout, lambda _: lambda: work, since=work.since, seals=seals)
+        await self._kept.take_out(slot, seen.standing)
+        begun = await self._cleaner.begin(slot, checkout, seen)
+        return await self._finish(slot, checkout, lambda joined: self._cleaner.clean(joined, slot, begun), seals=seals)
+
+    async def looking(self, slot: Slot, *, trust_untouched: bool) -> Callable[[], Coroutine[Any, Any, Look]] | None:
+        """See `WorkspaceStrategy.looking`."""
+        return await self._looking(slot, trust_untouched=trust_untouched)
+
+    async def _looking(
+        self, slot: Slot, *, trust_untouched: bool
+    ) -> Callable[[], Coroutine[Any, Any, TreeLook]] | None:
+        if slot.seal is None or self._run_as is not None or not self._seals.is_written_as_wanted(slot.seal):
+            return None
+        return await self._looker.looking(slot, standing=slot.seal.commit, tells_unknown=trust_untouched)
+
+    async def _seen(self, slot: Slot, look: Look | None, *, rung: Rung, trust_untouched: bool) -> TreeLook:
+        """Return what there is to be seen, by as much as a rung trusts."""
+        looking = await self._looking(slot, trust_untouched=trust_untouched) if rung is Rung.CLEAN else None
+        if looking is not None:
+            seen = look if isinstance(look, TreeLook) else await looking()
+            if seen.standing != seen.assumed:  # a check-out was interrupted, or could not be noted
+                again = await self._looker.looking(slot, standing=seen.standing, tells_unknown=trust_untouched)
+                seen = attrs.evolve(await again(), assumed=seen.standing)
+            if seen.since_ns is not None:
+                return seen
+        root = await self._host.stat(slot.path)
+        if root is None or root.kind is not FileKind.DIRECTORY or not is_same_tree(root, slot.seal):
+            raise CleanupError(f"{slot.slot_id}: the tree {slot.path} was deleted or replaced", slot_id=slot.slot_id)
+        standing = await self._kept.standing(slot)
+        await self._kept.take_out(slot, standing)  # while it is known what the tree shows
+        await self._pristine.renew(slot)
+        return await self._looker.look_anew(slot, standing=standing, root=root)
+
+    async def _finish(
+        self,
+        slot: Slot,
+        checkout: Checkout,
+        clean: Callable[[Joined], Callable[[], Work]],
+        *,
+        since: Mark | None = None,
+        seals: bool,
+    ) -> Work:
+        """Do the last pieces of cleaning, put the git directory in, and seal where that is wanted."""
+        refs = await self._pristine.shown(slot, checkout.commit)
+        await self._kept.of_commit(checkout.commit)  # which is then known
+        seal: asyncio.Future[Seal] | None = None
+        async with self._block() as joined:
+            outcome = clean(joined)
+            joined(self._kept.put_back(slot, checkout.commit))
+            joined(self._installer.install(slot, checkout, refs=refs))
+            if seals:
+                seal = joined(self._seals.make(slot, checkout, since=since, refs=refs))
+        return attrs.evolve(outcome(), seal=self._sealed(slot, seal.result()) if seal is not None else None)
+
+    def _block(self) -> Joined:
+        """Return a block for pieces that ask once where slots are plain clones; otherwise they may take many steps."""
+        more = (self._own is not None, self._submodules.is_wanted, self._lfs.is_wanted, self._sparse.is_wanted)
+        return Joined() if any(more) else self._host.joined()
+
+    def _sealed(self, slot: Slot, seal: Seal) -> Seal:
+        self._settled.note_seal(slot, seal)
+        return seal
 
     async def _forget(self, slot: Slot, checkout: Checkout, rung: Rung) -> None:
         """Throw away, and have anew, what a rung does not trust of all that lies outside the tree."""
@@ -222,20 +274,20 @@ class CloneWorkspace:
         if rung >= Rung.RECLONE and self._own is not None:
             await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
 
-    async def _clean_ordinary(
-        self, slot: Slot, checkout: Checkout, tracked: Tracked, inspection: TreeInspection, mark: Mark
-    ) -> Work:
-        work, touched = await self._cleaner.clean_ordinary(slot, tracked, inspection)
+    async def _clean_ordinary(self, slot: Slot, checkout: Checkout, tracked: Tracked, seen: TreeLook) -> Work:
+        paths = SlotPaths(slot.path)
+        await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
+        work, touched = await self._cleaner.clean_ordinary(slot, tracked, seen.inspection)
         if tracked.commit != checkout.commit:
             touched |= await self._writer.switch(slot, tracked.commit, checkout)
         await self._settled.note_cleaned(slot, touched)
-        return attrs.evolve(work, since=mark)
+        return attrs.evolve(work, since=seen.mark)
 
     async def seal(
         self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False, since: Mark | None = None
     ) -> Seal:
         """See `WorkspaceStrategy.seal`."""
-        return await self._seals.make(slot, checkout, keeps_mark=keeps_mark, since=since)
+        return self._sealed(slot, await self._seals.make(slot, checkout, keeps_mark=keeps_mark, since=since))
 
     async def verify(self, slot: Slot) -> Sequence[str]:
         """See `WorkspaceStrategy.verify`."""
@@ -244,7 +296,7 @@ class CloneWorkspace:
         except CleanupError as error:
             return [error.message]
         try:
-            await self._pristine.require_unchanged(slot)
+            await self._pristine.refuse_changed(slot)
             problems = await self._cleaner.differences(slot, tree=slot.path, commit=seal.commit)
             # A directory made in the tree would cost its next cleaning, and stay there where we are killed.
             own = await self._host.inspect_tree(f"{slot.path}/.git", since_ns=seal.settled_ns, beside=slot.path)
@@ -310,6 +362,7 @@ class CloneWorkspace:
 
     async def discard(self, slot: Slot) -> None:
         """See `WorkspaceStrategy.discard`."""
+        self._settled.forget(slot)
         await self._mirror.unkeep(slot.slot_id)
         await self._submodules.discard(Place.of(slot))
 

@@ -51,18 +51,22 @@ class GitInstaller:
         self._own = own
         self._run_as = run_as
 
-    async def install(self, slot: Slot, checkout: Checkout, *, is_sealed: bool = False) -> None:
+    async def install(
+        self, slot: Slot, checkout: Checkout, *, is_sealed: bool = False, refs: RefsSnapshot | None = None
+    ) -> None:
         """Put a fresh git directory into the tree, in one rename, after whatever was there is out of the way.
 
         Args:
             is_sealed: whether no lessee could have written to the one that is there.
+            refs: what it shall show, as `PristineGit.obtain` returned it; asked for where missing.
         """
         paths = SlotPaths(slot.path)
         outgoing = f"{paths.pristine}/outgoing"
         plan = await self._submodules.plan(checkout.commit)
         extras = await self._lfs.lessee_steps(self._mirror, outgoing) + await self._sparse.lessee_steps(outgoing)
         for attempt in (1, 2):
-            shows = self._git_directory(slot, checkout, await self._pristine.obtain(slot, checkout.commit), plan)
+            shown = refs if refs is not None and attempt == 1 else await self._pristine.obtain(slot, checkout.commit)
+            shows = self._git_directory(slot, checkout, shown, plan)
             moves, shows = await self._object_steps(slot, shows, is_sealed=is_sealed)
             modules = await self._submodules.lessee_steps(outgoing, plan, pristine=paths.pristine)
             try:

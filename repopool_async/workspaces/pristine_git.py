@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from repopool_async._git import WORK_MARK, GitRunner
 from repopool_async.exceptions import CleanupError
 from repopool_async.git_directory import pristine_steps
-from repopool_async.hosts.base import Discard, Host
+from repopool_async.hosts.base import Discard, FileStat, Host, TreeInspection
 from repopool_async.mirror import Mirror
 from repopool_async.models import GitResult, Slot
 from repopool_async.refs import RefsSnapshot
@@ -72,21 +72,44 @@ class PristineGit:
         selection = await self._sparse.pristine_steps(paths.git)
         await self._host.apply([Discard(paths.pristine, paths.trash), *steps, *selection])
 
-    async def require_unchanged(self, slot: Slot) -> None:
+    async def refuse_changed(self, slot: Slot) -> None:
         """Refuse to go by a git directory of ours that somebody else wrote to since the seal.
 
         Raises:
             CleanupError: somebody did, or it cannot be read.
         """
-        seal = slot.seal
-        if seal is None or await self._seals.trusted_mark(seal) is None:
+        if await self._seals.trusted_mark(slot.seal) is None:
             return
         git = SlotPaths(slot.path).git
+        async with self._host.joined() as joined:
+            inspection = joined(self.inspect(slot))
+            root = joined(self._host.stat(git))
+        self.require_unchanged(slot, root.result(), inspection.result())
+
+    async def inspect(self, slot: Slot) -> TreeInspection:
+        """Look at the git directory of a sealed slot, which `require_unchanged` judges.
+
+        Raises:
+            CleanupError: it cannot be read.
+        """
+        assert slot.seal is not None
+        git = SlotPaths(slot.path).git
         try:
-            inspection = await self._host.inspect_tree(git, since_ns=seal.settled_ns, beside=slot.path)
-            root = await self._host.stat(git)
+            return await self._host.inspect_tree(git, since_ns=slot.seal.settled_ns, beside=slot.path)
         except OSError as error:
             raise CleanupError(f"{slot.slot_id}: {git} cannot be read: {error}", slot_id=slot.slot_id) from error
+
+    def require_unchanged(self, slot: Slot, root: FileStat | None, inspection: TreeInspection) -> None:
+        """Refuse to go by the git directory where somebody else wrote to it since the seal.
+
+        Args:
+            root: what it is. inspection: what was seen in it.
+
+        Raises:
+            CleanupError: somebody did.
+        """
+        seal, git = slot.seal, SlotPaths(slot.path).git
+        assert seal is not None
         changed = [*inspection.changed, *inspection.special, *inspection.changed_directories]
         if changed or root is None or root.ctime_ns >= seal.settled_ns:
             changed.append(".")
@@ -98,8 +121,18 @@ class PristineGit:
         """Return the object directory that it borrows from."""
         return self._mirror.objects if self._own is None else f"{self._own.path(slot)}/objects"
 
+    async def bring(self, slot: Slot, commit: str) -> None:
+        """Have what a commit leads to in the slot's own objects, where it borrows none."""
+        if self._own is not None:
+            await self.obtain(slot, commit)
+
     async def obtain(self, slot: Slot, commit: str) -> RefsSnapshot:
         """Return the refs that the slot can show, having brought it what they lead to where it borrows nothing."""
         if self._own is None:
             return await self._mirror.snapshot()
         return await self._own.bring_up_to_date(slot, commit, trash=SlotPaths(slot.path).trash)
+
+    async def shown(self, slot: Slot, commit: str) -> RefsSnapshot:
+        """Return likewise what the last look at the mirror found, which is asked for nothing where that is enough."""
+        seen = self._mirror.seen
+        return seen if self._own is None and seen is not None else await self.obtain(slot, commit)

@@ -6,20 +6,16 @@ forge. What is made of that, and what lies in a tree, is not known here.
 
 from typing import Final
 
-import anyio
-
 from repopool_async.exceptions import CleanupError
-from repopool_async.hosts.base import FileKind, FileStat, Host
+from repopool_async.hosts.base import ClockOffset, FileKind, FileStat, Host
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
+from repopool_async.refs import RefsSnapshot
 from repopool_async.workspaces.base import Checkout, Mark
 from repopool_async.workspaces.kept_paths import KeptPaths
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.submodules import Submodules
 
-"""A wall clock that moved by more than this against the boot clock was set; file times then prove nothing."""
-
-_TICK_SECONDS: Final = 0.002
 _MANNER: Final = "~"
 """Stands before the manner in which files are written, in the generation of refs that a seal holds."""
 
@@ -38,24 +34,34 @@ class Seals:
         self._kept = kept
         self._manner = f"{_MANNER}{manner}" if manner else ""
 
-    async def begin(self, slot: Slot) -> Mark:
-        """Return the mark for a cleaning that begins now: nobody but that cleaning changes anything after it."""
-        offset = (await self._host.clock_offset()).wall_minus_boot_ns
-        return Mark(await self._host.file_system_clock_ns(SlotPaths(slot.path).pristine), offset)
-
     async def make(
-        self, slot: Slot, checkout: Checkout, *, keeps_mark: bool = False, since: Mark | None = None
+        self,
+        slot: Slot,
+        checkout: Checkout,
+        *,
+        keeps_mark: bool = False,
+        since: Mark | None = None,
+        refs: RefsSnapshot | None = None,
     ) -> Seal:
-        """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`."""
-        generation = await self.generation(checkout.commit)
+        """Return the record that a tree is clean now; arguments as for `WorkspaceStrategy.seal`.
+
+        Args:
+            refs: what the slot's git directory shows; what the mirror has now where missing.
+        """
+        refs = refs or await self._mirror.snapshot()
+        generation = await self._generation(checkout.commit, refs)
         previous = slot.seal
-        offset = (await self._host.clock_offset()).wall_minus_boot_ns
-        settled = mark = await self._mark(slot)
+        async with self._host.joined() as joined:
+            # A mark within the tick of our own last write could not tell that write from a lessee's first.
+            moved_on = joined(self._host.file_system_clock_ns(SlotPaths(slot.path).pristine, moves_on=True))
+            clocks = joined(self._host.clock_offset())
+            found = joined(self._host.stat(slot.path))
+        root, offset = _directory(slot, found.result()), clocks.result().wall_minus_boot_ns
+        settled = mark = moved_on.result()
         if keeps_mark and previous is not None:
             mark, offset = previous.mark_ns, previous.clock_offset_ns
         elif since is not None:
             mark, offset = since.ns, since.clock_offset_ns
-        root = await self.root(slot)
         return Seal(
             commit=checkout.commit,
             branch=checkout.branch,
@@ -66,7 +72,7 @@ class Seals:
             clock_offset_ns=offset,
             tree_device=root.device,
             tree_inode=root.inode,
-            mirror_build=(await self._mirror.snapshot()).build,
+            mirror_build=refs.build,
             kept=self._kept.names,
         )
 
@@ -90,23 +96,28 @@ class Seals:
             raise CleanupError(f"{slot.slot_id}: was made with other options", slot_id=slot.slot_id)
         return slot.seal
 
-    async def trusted_mark(self, seal: Seal | None) -> int | None:
+    async def trusted_mark(self, seal: Seal | None, *, offset: ClockOffset | None = None) -> int | None:
         """Return the seal's mark, None where file times prove nothing.
 
         That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
+
+        Args:
+            offset: how the host's clocks stand to each other, where that has just been asked.
         """
         if seal is None or seal.boot_id != await self._host.boot_id():
             return None
         if seal.mirror_build != (await self._mirror.snapshot()).build:
             return None
-        offset = await self._host.clock_offset()
+        offset = offset or await self._host.clock_offset()
         moved = abs(offset.wall_minus_boot_ns - seal.clock_offset_ns)
         return seal.mark_ns if moved < offset.precision_ns else None
 
     async def generation(self, commit: str) -> str:
         """Return which refs a slot shows that is made now, those of submodules included."""
-        snapshot = await self._mirror.snapshot()
-        generation = await self._submodules.generation(await self._submodules.plan(commit), snapshot.generation)
+        return await self._generation(commit, await self._mirror.snapshot())
+
+    async def _generation(self, commit: str, refs: RefsSnapshot) -> str:
+        generation = await self._submodules.generation(await self._submodules.plan(commit), refs.generation)
         return f"{generation}{self._manner}"
 
     def is_made_as_wanted(self, seal: Seal | None) -> bool:
@@ -118,26 +129,6 @@ class Seals:
     def is_written_as_wanted(self, seal: Seal | None) -> bool:
         """Return whether a tree's files were written in the manner that holds now."""
         return seal is not None and seal.refs_generation.partition(_MANNER)[2] == self._manner.removeprefix(_MANNER)
-
-    async def root(self, slot: Slot) -> FileStat:
-        """Return what the tree's directory is.
-
-        Raises:
-            CleanupError: there is none.
-        """
-        return _directory(slot, await self._host.stat(slot.path))
-
-    async def _mark(self, slot: Slot) -> int:
-        """Return a time on the file system's clock after which every change of the tree shows.
-
-        That clock ticks every few milliseconds: a mark within the tick of our own last write could not tell that write
-        from a lessee's first.
-        """
-        paths = SlotPaths(slot.path)
-        first = await self._host.file_system_clock_ns(paths.pristine)
-        while (mark := await self._host.file_system_clock_ns(paths.pristine)) <= first:  # noqa: ASYNC110 - a clock
-            await anyio.sleep(_TICK_SECONDS)
-        return mark
 
 
 def _directory(slot: Slot, root: FileStat | None) -> FileStat:

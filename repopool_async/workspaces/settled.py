@@ -5,13 +5,17 @@ beside the tree instead. How the notes are used is the host's business, when it 
 """
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from repopool_async.hosts.base import Host, Settled, WriteFile
-from repopool_async.models import Slot
+from repopool_async.models import Seal, Slot
 from repopool_async.workspaces.nul_lists import join_names, split_names
 from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
 from repopool_async.workspaces.submodule_plan import Submodule
 from repopool_async.workspaces.submodules import Submodules
+
+_NAMES_REMEMBERED: Final = 10_000
+"""Of one slot; more are read again, which takes less than they do."""
 
 
 class SettledNames:
@@ -20,6 +24,8 @@ class SettledNames:
     def __init__(self, *, host: Host, submodules: Submodules) -> None:
         self._host = host
         self._submodules = submodules
+        self._written: dict[str, frozenset[str]] = {}
+        self._known: dict[str, Settled] = {}
 
     async def note_cleaned(self, slot: Slot, touched: Collection[str]) -> None:
         """Remember which entries a cleaning touched after its mark; what was noted before is of an older mark."""
@@ -39,12 +45,28 @@ class SettledNames:
         for name in list(names):
             while name := name.rpartition("/")[0]:
                 names.add(name)
+        self._known.pop(slot.path, None)
         await self._host.apply([WriteFile(SlotPaths(slot.path).settled, join_names(sorted(names)))])
+        self._written[slot.path] = frozenset(names)
+
+    def note_seal(self, slot: Slot, seal: Seal) -> None:
+        """Remember that what was noted last is of this seal, which nobody else has made."""
+        names = self._written.pop(slot.path, None)
+        if names is not None and len(names) <= _NAMES_REMEMBERED and seal.settled_ns != seal.mark_ns:
+            self._known[slot.path] = Settled(seal.settled_ns, names)
+
+    def forget(self, slot: Slot) -> None:
+        """Forget a slot that goes."""
+        self._known.pop(slot.path, None)
+        self._written.pop(slot.path, None)
 
     async def of(self, slot: Slot) -> Settled:
         """Return what is noted of a slot, for `Host.inspect_tree`."""
         seal = slot.seal
         if seal is None or seal.settled_ns == seal.mark_ns:
             return Settled(seal.mark_ns if seal else 0, frozenset())
+        known = self._known.get(slot.path)
+        if known is not None and known.since_ns == seal.settled_ns:
+            return known
         data = await self._host.read_bytes(SlotPaths(slot.path).settled, limit=NAMES_LIMIT)
         return Settled(seal.settled_ns, frozenset(split_names(data or b"")))

@@ -33,6 +33,11 @@ class Sparse:
         self._digest = hashlib.sha256("\0".join(sorted(self._whole)).encode(errors="surrogateescape")).hexdigest()[:20]
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether there is a selection at all."""
+        return bool(self._whole)
+
+    @property
     def manner(self) -> str:
         """What tells trees of this selection from others."""
         return f"sparse-{self._digest}" if self._whole else ""

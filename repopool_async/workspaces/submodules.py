@@ -96,10 +96,15 @@ class Submodules:
         self._git = git
         self._mirror = mirror
         self._allow_protocols = tuple(allow_protocols)
-        self._is_wanted = is_wanted
+        self._asks_whether_wanted = is_wanted
         self._lfs = lfs or Lfs(host=host, git=git)
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._mirrors: dict[str, Mirror] = {}
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether submodules are checked out."""
+        return self._asks_whether_wanted()
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class Submodules:
 
         Raises as `PlanReader.plan` does.
         """
-        if not self._is_wanted():
+        if not self.is_wanted:
             return Plan()
         if commit not in self._plans:
             reading = PlanReader(self._mirror, self._git, self._allow_protocols)
@@ -134,7 +139,7 @@ class Submodules:
 
     def has_made(self, generation: str) -> bool:
         """Return whether a slot that shows these refs was made the way it is wanted now, with submodules or without."""
-        return (_MARK in generation) == self._is_wanted()
+        return (_MARK in generation) == self.is_wanted
 
     async def rebuild(self) -> None:
         """Clone damaged mirrors anew."""
@@ -145,7 +150,7 @@ class Submodules:
 
     async def standing(self, place: Place) -> tuple[Submodule, ...]:
         """Return the submodules that lie in a tree, or may lie there after an interruption; the outer first."""
-        if not self._is_wanted():
+        if not self.is_wanted:
             return ()
         data = await self._host.read_bytes(place.manifest, limit=_MANIFEST_LIMIT)
         try:

@@ -12,7 +12,6 @@ import attrs
 from repopool_async._aio import in_thread
 from repopool_async.hosts.base import Host, Known
 from repopool_async.models import Slot
-from repopool_async.refs import FULL_ID
 from repopool_async.workspaces.nul_lists import split_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import SlotPaths
@@ -40,13 +39,15 @@ class TrackedNames:
         self._pristine = pristine
         self._known: OrderedDict[str, Tracked | None] = OrderedDict()
 
-    async def of(self, slot: Slot) -> Tracked | None:
-        """Return what belongs in a slot's tree; None where that cannot be said by names, or the tree stands nowhere."""
-        head = await self._host.read_bytes(f"{SlotPaths(slot.path).git}/HEAD", limit=4096) or b""
-        commit = head.decode(errors="replace").strip()
-        if FULL_ID.fullmatch(commit) is None:
-            return None
+    async def of(self, slot: Slot, commit: str) -> Tracked | None:
+        """Return what belongs in a slot's tree that shows a commit.
+
+        None where that cannot be said by names, or, as far as that has to be asked, where another commit stands there.
+        """
         if commit not in self._known:
+            head = await self._host.read_bytes(f"{SlotPaths(slot.path).git}/HEAD", limit=4096)
+            if head != f"{commit}\n".encode():
+                return None
             self._known[commit] = await self._read(slot, commit)
             while len(self._known) > _COMMITS_REMEMBERED:
                 self._known.popitem(last=False)

@@ -5,12 +5,15 @@ does not know goes into the trash, and afterwards both are compared once more. G
 is the decision how little to trust.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
+
+import attrs
 
 from repopool_async._aio import together
 from repopool_async.exceptions import CleanupError
-from repopool_async.hosts.base import Host, TreeInspection
+from repopool_async.hosts.base import Discard, Host, RemoveFile, TreeInspection
+from repopool_async.hosts.joined import Joined
 from repopool_async.models import Slot
 from repopool_async.workspaces.base import Checkout, Work
 from repopool_async.workspaces.kept_paths import KeptPaths
@@ -20,10 +23,26 @@ from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
 from repopool_async.workspaces.sparse import Sparse
 from repopool_async.workspaces.submodules import Place, Submodules
 from repopool_async.workspaces.tracked_names import Tracked
-from repopool_async.workspaces.tree_writer import TreeWriter
+from repopool_async.workspaces.tree_look import TreeLook
+from repopool_async.workspaces.tree_writer import Ready, TreeWriter
 
 _FEW_DIRECTORIES: Final = 50
 """Up to how many directories git is told to look at; at more it looks at all, which costs it less."""
+
+
+@attrs.frozen
+class Begun:
+    """A cleaning of which the first part is done.
+
+    Attributes:
+        ready: the check-out to come. inspection: what was found in the tree. removed: how many entries went.
+        untracked: what else has to go.
+    """
+
+    ready: Ready
+    inspection: TreeInspection
+    removed: int
+    untracked: Sequence[str]
 
 
 class TreeCleaner:
@@ -105,15 +124,16 @@ class TreeCleaner:
         )
         return split_names(listing.stdout)
 
-    async def clean(self, slot: Slot, checkout: Checkout, inspection: TreeInspection) -> Work:
-        """Bring a tree to `checkout`, whatever was done to it.
+    async def begin(self, slot: Slot, checkout: Checkout, seen: TreeLook) -> "Begun":
+        """Begin to bring a tree to `checkout`, whatever was done to it: see what `clean` has to do.
 
         Args:
-            inspection: what one look at the tree found, before its kept directories were taken out.
+            seen: what one look at the tree found, before its kept directories were taken out.
 
         Raises:
-            CleanupError: it is not clean afterwards, or cannot be cleaned in place.
+            CleanupError: it cannot be cleaned in place.
         """
+        inspection, paths = seen.inspection, SlotPaths(slot.path)
         if inspection.mounts:
             raise CleanupError(
                 f"{slot.slot_id}: a file system is mounted at {inspection.mounts[0]!r} in the tree; unmount it, then "
@@ -125,21 +145,36 @@ class TreeCleaner:
                 f"{slot.slot_id}: mode, owner or attributes of the tree {slot.path} itself were changed",
                 slot_id=slot.slot_id,
             )
+        ready = await self._writer.get_ready(slot, checkout, standing=seen.standing)
+        suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot, seen.places)]
+        suspects += await self._sparse.outside(slot.path, seen.places)
+        async with self._host.joined() as joined:
+            joined(self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")]))
+            # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
+            removed = joined(self._host.remove_entries(slot.path, suspects, trash=paths.trash))
+            untracked = joined(self._untracked(slot, tree=slot.path))
+        return Begun(ready, inspection, removed.result(), untracked.result())
+
+    def clean(self, joined: Joined, slot: Slot, begun: "Begun") -> Callable[[], Work]:
+        """Hand over the pieces that finish what was begun, and return what says, once they are done, what was done.
+
+        The last of them raises `CleanupError` where the tree is not clean then.
+        """
         trash = SlotPaths(slot.path).trash
-        # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
-        suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot)]
-        suspects += await self._outside(slot, tree=slot.path)
-        removed = await self._host.remove_entries(slot.path, suspects, trash=trash)
         # Whole directories next, so that the time to available does not depend on what a lessee left in them.
-        untracked = await self._untracked(slot, tree=slot.path)
-        removed += await self._host.remove_entries(slot.path, untracked, trash=trash)
-        removed += await self._submodules.remove_untracked(Place.of(slot))
+        removed = joined(self._host.remove_entries(slot.path, begun.untracked, trash=trash))
+        inside = joined(self._submodules.remove_untracked(Place.of(slot)))
         # A directory whose mode or attributes were changed is checked out anew as a whole.
-        suspects = [*inspection.irregular, *inspection.changed, *inspection.multiply_linked]
-        restored = await self._host.remove_entries(slot.path, tuple(dict.fromkeys(suspects)), trash=trash)
-        await self._writer.check_out(slot, checkout)
-        await self.require_clean(slot, tree=slot.path)
-        return Work(steps=("cleaned", "checked out", "verified"), removed=removed, restored=restored)
+        seen = begun.inspection
+        suspects = dict.fromkeys((*seen.irregular, *seen.changed, *seen.multiply_linked))
+        restored = joined(self._host.remove_entries(slot.path, tuple(suspects), trash=trash))
+        joined(self._writer.write(slot, begun.ready))
+        joined(self.require_clean(slot, tree=slot.path))
+        return lambda: Work(
+            steps=("cleaned", "checked out", "verified"),
+            removed=begun.removed + removed.result() + inside.result(),
+            restored=restored.result(),
+        )
 
     async def require_whole(self, slot: Slot, *, tree: str) -> None:
         """Look whether all of a tree is there that has just been made beside the slot's, and nothing else.
@@ -191,21 +226,21 @@ class TreeCleaner:
         listing = await self._pristine.run(slot, "ls-files", "-z", "--others", "--directory", tree=tree)
         return [name.rstrip("/") for name in split_names(listing.stdout)]
 
-    async def _gitlinks(self, slot: Slot) -> list[str]:
+    async def _gitlinks(self, slot: Slot, places: Collection[str]) -> list[str]:
         """Return the submodule places that are not empty and ought to be, of the commit the slot stands on.
 
         Unless a submodule is checked out there nothing may lie in them, and git does not look there.
         """
         filled = {submodule.path for submodule in await self._submodules.standing(Place.of(slot))}
-        names = [name for name in await self._places(slot) if name not in filled]
+        names = [name for name in places if name not in filled]
         return [name for name in names if await self._host.list_directory(f"{slot.path}/{name}")]
 
     async def _outside(self, slot: Slot, *, tree: str) -> list[str]:
         """Return the directories that are no part of what the pool checks out."""
-        return await self._sparse.outside(tree, await self._places(slot))
-
-    async def _places(self, slot: Slot) -> list[str]:
-        return split_names(await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT) or b"")
+        if not self._sparse.is_wanted:
+            return []
+        places = await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT)
+        return await self._sparse.outside(tree, split_names(places or b""))
 
 
 def is_ordinary(inspection: TreeInspection) -> bool:

@@ -4,13 +4,15 @@ The tree may be the slot's or one that is still being made beside it. What a les
 afterwards, is the cleaner's business.
 """
 
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Final, Self
 
 import attrs
 
 from repopool_async._aio import together
-from repopool_async.hosts.base import Host, MakeDirectory, RemoveFile, WriteFile
+from repopool_async.hosts.base import FileStep, Host, MakeDirectory, RemoveFile, WriteFile
+from repopool_async.hosts.joined import Joined
 from repopool_async.mirror import Mirror
 from repopool_async.models import Slot
 from repopool_async.run_as import RunAs
@@ -20,11 +22,12 @@ from repopool_async.workspaces.nul_lists import join_names, split_names
 from repopool_async.workspaces.pristine_git import PristineGit
 from repopool_async.workspaces.slot_paths import ANY_MODE, SlotPaths
 from repopool_async.workspaces.sparse import Sparse
-from repopool_async.workspaces.submodule_plan import Submodule
+from repopool_async.workspaces.submodule_plan import Plan, Submodule
 from repopool_async.workspaces.submodules import Place, Submodules
 
 _NOWHERE: Final = b"ref: refs/heads/none\n"
 _GITLINK: Final = b"160000"
+_COMMITS_REMEMBERED: Final = 256
 
 
 @attrs.frozen
@@ -53,6 +56,21 @@ class Difference:
         )
 
 
+@attrs.frozen
+class Ready:
+    """What is known of a check-out before it begins.
+
+    Attributes:
+        rewrites: whether files are written otherwise than those that are there, so that all are written anew.
+        gitlinks: where the commit has other repositories.
+    """
+
+    commit: str
+    plan: Plan
+    rewrites: bool
+    gitlinks: tuple[str, ...]
+
+
 class TreeWriter:
     """Writes the trees of a pool's slots.
 
@@ -78,6 +96,7 @@ class TreeWriter:
         self._lfs = lfs
         self._sparse = sparse
         self._run_as = run_as
+        self._known_gitlinks: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     async def obtain(self, commit: str) -> None:
         """Have everything here, besides a commit's own objects, that its check-out needs; no tree is touched.
@@ -92,18 +111,37 @@ class TreeWriter:
 
     async def check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> None:
         """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
-        tree = tree or slot.path
+        await self.write(slot, await self.get_ready(slot, checkout), tree=tree)
+
+    async def get_ready(self, slot: Slot, checkout: Checkout, *, standing: str | None = None) -> "Ready":
+        """Have and know all that checking a commit out takes; neither tree nor index are touched.
+
+        Args:
+            standing: the commit that the pristine git directory is known to stand on.
+        """
         commit = checkout.commit
-        await self._pristine.obtain(slot, commit)
+        await self._pristine.bring(slot, commit)
         await self.obtain(commit)
-        await self._submodules.make_way(Place.of(slot, tree), await self._submodules.plan(commit))
-        rewrites = await self._has_other_attributes(slot, commit)
-        await self._leave(slot, commit)
-        await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
-        if rewrites:
-            await self._rewrite(slot, commit, tree)
-        await self._note_gitlinks(slot, commit, tree)
-        await self._arrive(slot, commit, tree)
+        return Ready(
+            commit,
+            plan=await self._submodules.plan(commit),
+            rewrites=standing != commit and await self._has_other_attributes(slot, commit),
+            gitlinks=await self._gitlinks(slot, commit),
+        )
+
+    async def write(self, slot: Slot, ready: "Ready", *, tree: str | None = None) -> None:
+        """Check out what has been made ready; where there are no submodules that is a piece that asks once."""
+        tree = tree or slot.path
+        commit = ready.commit
+        await self._submodules.make_way(Place.of(slot, tree), ready.plan)
+        async with self._host.joined() as joined:
+            joined(self._leave(slot, commit))
+            joined(self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree))
+            if ready.rewrites:
+                joined(self._rewrite(slot, commit, tree))
+            joined(self._host.apply(self._gitlink_steps(slot, ready, tree)))
+            self._arrive(joined, slot, commit)
+        await self._end(slot, ready.plan, tree)
 
     async def switch(self, slot: Slot, standing: str, checkout: Checkout) -> frozenset[str]:
         """Bring a tree that is as it was sealed, and its pristine index, from one commit to another.
@@ -120,7 +158,7 @@ class TreeWriter:
             GitOperationError: an entry that was to change is not as it was sealed.
         """
         commit = checkout.commit
-        await self._pristine.obtain(slot, commit)
+        await self._pristine.bring(slot, commit)
         await self.obtain(commit)
         kept = await self._submodules.make_way(Place.of(slot), await self._submodules.plan(commit))
         await self._leave(slot, commit, head=f"{standing}\n".encode())
@@ -138,9 +176,15 @@ class TreeWriter:
         if found[0].has_attributes:
             await self._rewrite(slot, commit, slot.path)
             names |= frozenset(split_names((await self._pristine.run(slot, "ls-files", "-z")).stdout))
+        plan = await self._submodules.plan(commit)
+        steps: list[FileStep] = []
         if found[0].has_gitlinks:
-            await self._note_gitlinks(slot, commit, slot.path)
-        await self._arrive(slot, commit, slot.path, unchanged=kept)
+            ready = Ready(commit, plan, rewrites=False, gitlinks=await self._gitlinks(slot, commit))
+            steps = self._gitlink_steps(slot, ready, slot.path)
+        async with self._host.joined() as joined:
+            joined(self._host.apply(steps))
+            self._arrive(joined, slot, commit)
+        await self._end(slot, plan, slot.path, unchanged=kept)
         return names
 
     async def write_files(self, slot: Slot, names: Collection[str]) -> None:
@@ -163,17 +207,20 @@ class TreeWriter:
 
     async def _rewrite(self, slot: Slot, commit: str, tree: str) -> None:
         """Write every file anew, whatever git believes of it."""
-        await self._host.apply([RemoveFile(f"{SlotPaths(slot.path).git}/index")])
-        await self._pristine.run(slot, "read-tree", commit)
-        await self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree)
+        async with self._host.joined() as joined:
+            joined(self._host.apply([RemoveFile(f"{SlotPaths(slot.path).git}/index")]))
+            joined(self._pristine.run(slot, "read-tree", commit))
+            joined(self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree))
 
-    async def _arrive(self, slot: Slot, commit: str, tree: str, *, unchanged: Collection[Submodule] = ()) -> None:
-        """Note that a tree shows a commit, and bring its submodules and its owner to what they shall be."""
-        await self._host.apply([WriteFile(f"{SlotPaths(slot.path).git}/HEAD", f"{commit}\n".encode())])
-        plan = await self._submodules.plan(commit)
+    def _arrive(self, joined: Joined, slot: Slot, commit: str) -> None:
+        """Note that a tree shows a commit."""
+        joined(self._host.apply([WriteFile(f"{SlotPaths(slot.path).git}/HEAD", f"{commit}\n".encode())]))
+        joined(self._mirror.keep(slot.slot_id, commit))
+
+    async def _end(self, slot: Slot, plan: Plan, tree: str, *, unchanged: Collection[Submodule] = ()) -> None:
+        """Bring a tree's submodules and its owner to what they shall be."""
         await self._submodules.check_out(Place.of(slot, tree), plan, unchanged=unchanged)
         await self._give(slot, tree)
-        await self._mirror.keep(slot.slot_id, commit)
 
     async def _difference(self, slot: Slot, one: str, other: str) -> "Difference":
         listing = await self._pristine.run(slot, "diff-tree", "-r", "-z", "--raw", "--no-renames", one, other)
@@ -193,19 +240,24 @@ class TreeWriter:
             (await self._pristine.run(slot, "diff-index", "--cached", "--name-only", commit, "--", attributes)).stdout
         )
 
-    async def _note_gitlinks(self, slot: Slot, commit: str, tree: str) -> None:
-        """Write down where a commit has other repositories, and make those directories."""
-        listing = await self._pristine.run(slot, "ls-tree", "-r", "-d", "-z", commit)
-        entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(_GITLINK)]
-        names = [name.decode(errors="surrogateescape") for _, _, name in entries]
-        gitlinks = [name for name in names if self._sparse.includes(name)]
-        plan = await self._submodules.plan(commit)
-        await self._host.apply(
-            [
-                *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in gitlinks),
-                WriteFile(SlotPaths(slot.path).gitlinks, join_names([*gitlinks, *plan.places])),
-            ]
-        )
+    async def _gitlinks(self, slot: Slot, commit: str) -> tuple[str, ...]:
+        """Return where a commit has other repositories."""
+        if commit not in self._known_gitlinks:
+            listing = await self._pristine.run(slot, "ls-tree", "-r", "-d", "-z", commit)
+            entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(_GITLINK)]
+            names = [name.decode(errors="surrogateescape") for _, _, name in entries]
+            self._known_gitlinks[commit] = tuple(name for name in names if self._sparse.includes(name))
+            while len(self._known_gitlinks) > _COMMITS_REMEMBERED:
+                self._known_gitlinks.popitem(last=False)
+        self._known_gitlinks.move_to_end(commit)
+        return self._known_gitlinks[commit]
+
+    def _gitlink_steps(self, slot: Slot, ready: "Ready", tree: str) -> list[FileStep]:
+        """Return the steps that write down where a commit has other repositories, and make those directories."""
+        return [
+            *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in ready.gitlinks),
+            WriteFile(SlotPaths(slot.path).gitlinks, join_names([*ready.gitlinks, *ready.plan.places])),
+        ]
 
     async def _give(self, slot: Slot, tree: str) -> None:
         """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""

@@ -58,7 +58,8 @@ def directory_evidence(directory: Path, *, skip: Collection[str] = ()) -> Eviden
 
 def pool_evidence(pool: Path) -> Evidence:
     """Return what of a pool no lease may change: its record, and its mirror but for what slots stand on."""
-    found = {"pool.json": (pool / "pool.json").read_text()}
+    record = pool / "pool.json"  # which is elsewhere where the slots are on a host
+    found = {"pool.json": record.read_text()} if record.exists() else {}
     for name, text in _walk(pool / "mirror.git", _describe):
         if not name.startswith("refs/repopool/keep") and name not in ("refs/repopool", "."):
             found[f"mirror {name}"] = text

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ LOSING_WHAT_IS_KEPT = frozenset({"processes", "immutable_directory"})
 """Groups of vectors, and vectors, that may leave somebody in the tree, or what is kept where it cannot be moved."""
 
 _PR_SET_DUMPABLE = 4
-_TRIAL_SECONDS = 30.0
 _GIT_SECONDS = 10.0
 
 _ENVIRONMENT = {
@@ -89,6 +89,8 @@ class Bench:
     Args:
         options: of the pool.
     """
+
+    trial_seconds = 30.0
 
     def __init__(self, directory: Path, **options: Any) -> None:
         self.directory = directory
@@ -150,7 +152,7 @@ class Bench:
         """
         trial = _Trial(self, vector, then, is_inside=is_inside)
         try:
-            async with asyncio.timeout(_TRIAL_SECONDS):
+            async with asyncio.timeout(self.trial_seconds):
                 async with self._manager() as manager:
                     await self._ensure_pool(manager)
                     await trial.contaminate(manager, is_abandoned=is_abandoned)
@@ -160,7 +162,7 @@ class Bench:
                     async with self._manager() as manager:
                         await trial.look(manager)
         except TimeoutError:
-            trial.leaks.append(f"it took more than {_TRIAL_SECONDS:g} s")
+            trial.leaks.append(f"it took more than {self.trial_seconds:g} s")
         except Exception as error:
             if not trial.is_played:
                 raise
@@ -171,7 +173,7 @@ class Bench:
                 self.throw_away_pool()
         return Outcome(vector.name, then, tuple(trial.leaks), tuple(trial.log))
 
-    def _manager(self) -> PoolManager:
+    def _manager(self) -> AbstractAsyncContextManager[PoolManager]:
         return PoolManager(PoolConfig(workspaces_dir=self.workspaces, close_timeout=0.5))
 
     async def _ensure_pool(self, manager: PoolManager) -> None:
@@ -273,10 +275,10 @@ class _Trial:
             await self._make_older_things(manager, self._vector.before)
         slot = await manager.allocate_slot(POOL, ref="main", timeout=5)
         assert slot is not None
-        self._slot_id, self._tree = slot.slot_id, slot.path
+        self._slot_id, self._tree = slot.slot_id, Path(str(slot.path))
         for name in self._bench.kept:
             _fill(self._tree / name)
-        self._scene = self._bench.scene(slot.path, self._outside, _runner(slot))
+        self._scene = self._bench.scene(self._tree, self._outside, _runner(slot))
         if self._is_inside:
             self._scene = inside_submodule(self._scene)
         await asyncio.to_thread(self._vector.play, self._scene)
@@ -294,7 +296,7 @@ class _Trial:
         self.leaks += await self._not_available(manager)
         if not (self.leaks or await self._is_quarantined(manager)):
             async with manager.lease(POOL, ref=self._bench.name_of(self._then)) as slot:
-                assert (slot.slot_id, slot.path) == (self._slot_id, self._tree)
+                assert (slot.slot_id, Path(str(slot.path))) == (self._slot_id, self._tree)
                 await asyncio.to_thread(self._look_into_the_tree)
             await manager.wait_clean()
             if self._then != "main":
@@ -307,7 +309,7 @@ class _Trial:
 
     async def _make_older_things(self, manager: PoolManager, before: Callable[[Scene], None]) -> None:
         async with manager.lease(POOL, ref="main") as slot:
-            scene = self._bench.scene(slot.path, self._outside, _runner(slot))
+            scene = self._bench.scene(Path(str(slot.path)), self._outside, _runner(slot))
             before(inside_submodule(scene) if self._is_inside else scene)
         await manager.wait_clean()
 

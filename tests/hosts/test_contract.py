@@ -27,6 +27,7 @@ from repopool_async.hosts.base import (
     FileStep,
     Guard,
     Host,
+    Inode,
     MakeDirectory,
     RemoveFile,
     Rename,
@@ -180,6 +181,11 @@ class TestFileSteps:
         assert await host.list_directory(f"{tmp_path}/a") == []
 
     async def test_clock_is_the_file_systems(self, host: Host, tmp_path: Path) -> None:
+        for _ in range(3):
+            (tmp_path / "written").write_text("")
+            last = (tmp_path / "written").stat().st_ctime_ns
+            assert await host.file_system_clock_ns(str(tmp_path), moves_on=True) > last
+            (tmp_path / "written").unlink()
         before = await host.file_system_clock_ns(str(tmp_path))
         (tmp_path / "file").touch()
         after = await host.file_system_clock_ns(str(tmp_path))
@@ -281,6 +287,19 @@ class TestInspection:
             (tmp_path / "root").touch()
         with pytest.raises(FileNotFoundError if kind == "absent" else NotADirectoryError):
             await host.inspect_tree(str(tmp_path / "root"), since_ns=None)
+
+    async def test_only_the_root_that_is_meant_is_looked_at(self, host: Host, tree: Path) -> None:
+        (tree / "closed").mkdir(mode=0o500)
+        meant = tree.stat()
+        inspection = await host.inspect_tree(
+            str(tree), since_ns=None, only=Inode(meant.st_dev, meant.st_ino), beside=str(tree)
+        )
+        assert inspection.changed_directories == ("closed",)
+        (tree / "closed").chmod(0o500)
+        with pytest.raises(OSError, match="tale") as caught:
+            await host.inspect_tree(str(tree), since_ns=None, only=Inode(meant.st_dev, meant.st_ino + 1))
+        assert caught.value.errno == errno.ESTALE
+        assert stat.S_IMODE((tree / "closed").stat().st_mode) == 0o500
 
     async def test_entries_that_come_and_go_meanwhile_do_no_harm(self, host: Host, tree: Path, tmp_path: Path) -> None:
         for number in range(50):

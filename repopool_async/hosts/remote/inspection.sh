@@ -2,9 +2,10 @@
 # or is special, `g` for a .git, `u` for a directory that was opened up, `m` for a mount. Then `s` and find's status, then
 # an archive without contents of a new directory beside the root, the root, and the directories that changed: it tells
 # modes, owners, attributes and access lists. Names are cut where nobody could use them; a directory many levels down is
-# always told of, so that the caller sees which are. ROOT ESCAPED GLOB SINCE DEEP FRESH
+# always told of, so that the caller sees which are. ROOT ESCAPED GLOB SINCE DEEP FRESH INODE, if it has to be that one
 inspect_gnu() {
     require_directory "$1" || return
+    [ -z "$7" ] || [ "$7" = "$(find "$1" -maxdepth 0 -printf '%D %i')" ] || refuse "$1" 'Stale file handle' || return
     find_mounts "$1" "$2" || return
     root=$1 glob=$3 since=${4:+-newerct $4} deep=$5 fresh=$6
     set -- -false
@@ -38,9 +39,10 @@ EOF
     rmdir -- "$fresh"
 }
 
-# The same with what POSIX has, where every entry counts as changed. ROOT ESCAPED GLOB
+# The same with what POSIX has, where every entry counts as changed. ROOT ESCAPED GLOB INODE
 inspect_posix() {
     require_directory "$1" || return
+    [ -z "$4" ] || { ls -di "$1" | grep -q "^ *$4 "; } || refuse "$1" 'Stale file handle' || return
     find_mounts "$1" "$2"
     [ -z "$mounts" ] || { printf 'm %s\0' "$mounts"; return; }
     list='r=$1 k=$2; shift 2; for f; do printf "$k %s\0" "${f#"$r"/}"; done'

@@ -118,15 +118,16 @@ require_real() {
     [ "${here%/}/${1##*/}" = "$1" ] || { printf '\0%s/%s' "${here%/}" "${1##*/}"; return 1; }
 }
 
-# Whoever else stands in a tree, a `t` each. TREE GLOB MAPS_PATTERN
+# Whoever else stands in a tree, a `t` each. A thread may stand elsewhere, and hold other files, than its process does.
+# TREE GLOB MAPS_PATTERN
 find_bystanders() {
     [ -r /proc/self/stat ] || return 0
     if [ "$GNU_FIND" ]; then
-        find /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/fd -maxdepth 1 -type l \
+        find /proc/[0-9]*/task/[0-9]*/cwd /proc/[0-9]*/task/[0-9]*/root /proc/[0-9]*/task/[0-9]*/fd -maxdepth 1 -type l \
             '(' -lname "$2" -o -lname "$2/*" ')' ! -lname '* (deleted)' -printf '%p\n' \
             -o -type l -lname "$2/* (deleted)" -printf '%p %l\n' 2>/dev/null
     else
-        for file in /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/fd/*; do
+        for file in /proc/[0-9]*/task/[0-9]*/cwd /proc/[0-9]*/task/[0-9]*/root /proc/[0-9]*/task/[0-9]*/fd/*; do
             case $(ls -l "$file" 2>/dev/null) in *" -> $1" | *" -> $1"/*) printf '%s\n' "$file";; esac
         done
     fi | while IFS= read -r file; do

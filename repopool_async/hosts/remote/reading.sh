@@ -31,14 +31,28 @@ list_names() {
     done
 }
 
-# The file system's own time is what a new file gets. DIRECTORY NAME
+# The file system's own time is what a new file gets; where it MOVES_ON, once that is another than the first one got.
+# DIRECTORY NAME MOVES_ON
 clock() {
-    set -C
-    : >"$1/$2" || return
-    set +C
-    if [ "$GNU_FIND" ]; then find "$1/$2" -maxdepth 0 -printf '%C@'; else date +%s; fi
+    if [ -z "$GNU_FIND" ]; then make_and_remove "$1/$2" && date +%s; return; fi
+    first=$(time_of_new "$1/$2") || return
+    now=$first
+    while [ "$3" ] && [ "$now" = "$first" ]; do
+        now=$(time_of_new "$1/$2") || return
+        [ "$now" != "$first" ] || nap
+    done
+    printf '%s\n' "$now"
+}
+
+# FILE
+make_and_remove() { (set -C; : >"$1") && rm -f -- "$1"; }
+
+# FILE
+time_of_new() {
+    (set -C; : >"$1") || return
+    find "$1" -maxdepth 0 -printf '%C@'
     status=$?
-    rm -f -- "$1/$2"
+    rm -f -- "$1"
     return "$status"
 }
 

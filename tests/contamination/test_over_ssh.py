@@ -1,0 +1,85 @@
+"""The corpus against a pool whose slots lie on a host reached over SSH, which is this machine all the same.
+
+The ordinary run plays some vectors of every group; the soak run plays all of them.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repopool_async import HostSpec, PoolConfig, PoolManager, SshHost
+from repopool_async.hosts._ssh_connection import SshOptions
+from tests.contamination.corpus import Vector, for_user
+from tests.contamination.kit import NotPossibleError
+from tests.contamination.trial import Bench
+from tests.hosts import sshd
+from tests.hosts.sshd import Keys, Server
+
+CORPUS = for_user(is_root=os.geteuid() == 0)
+EVERY = 8
+"""Of how many vectors, as they stand in their groups, one is for the ordinary run."""
+
+
+class RemoteBench(Bench):
+    """A bench whose pool lies on a host."""
+
+    trial_seconds = 120.0
+
+    def __init__(self, directory: Path, server: Server, **options: Any) -> None:
+        super().__init__(directory, hosts=["box"], **options)
+        self._server = server
+
+    @asynccontextmanager
+    async def _manager(self) -> AsyncIterator[PoolManager]:
+        options = SshOptions(config=(str(self._server.config),))
+        async with SshHost("box", options=options, sessions_directory=f"{self.directory}/sessions") as host:
+            spec = HostSpec("box", workspaces_dir=str(self.workspaces), host=host)
+            config = PoolConfig(workspaces_dir=self.directory / "here", close_timeout=0.5)
+            async with PoolManager(config, hosts=[spec]) as manager:
+                yield manager
+
+    def throw_away_pool(self) -> None:
+        """Make the next trial begin with a new pool."""
+        super().throw_away_pool()
+        subprocess.run(["rm", "-rf", self.directory / "here"], check=False)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with sshd.asyncssh_server(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+        directory = Path(tempfile.mkdtemp(prefix="repopool-"))
+        try:
+            yield (bench := RemoteBench(directory, server))
+            bench.throw_away_pool()
+        finally:
+            subprocess.run(["rm", "-rf", directory], check=False)
+
+
+def named(vectors: list[Vector]) -> list[object]:
+    return [pytest.param(vector, id=vector.name) for vector in vectors]
+
+
+async def require_none(bench: Bench, vector: Vector, then: str) -> None:
+    try:
+        outcome = await bench.play(vector, then)
+    except NotPossibleError as error:
+        pytest.skip(str(error))
+    assert outcome.leaks == (), outcome.log
+
+
+@pytest.mark.parametrize("vector", named(CORPUS[::EVERY]))
+async def test_the_next_lessee_on_a_host_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
+    await require_none(bench, vector, "main")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("then", ["main", "feature"])
+@pytest.mark.parametrize("vector", named(CORPUS))
+async def test_whatever_was_done_on_a_host(bench: Bench, vector: Vector, then: str) -> None:
+    await require_none(bench, vector, then)
