@@ -1,9 +1,10 @@
-"""Claims and releases a second, without any git work: on PostgreSQL beside files, in one run, interleaved.
+"""Claims and releases a second, without any git work: on PostgreSQL, as bare SQL and on files, in one run, interleaved.
 
     python -m benchmarks.claims --dsn postgresql://… [--seconds 5] [--rounds 3] [--clients 1 16 128]
 
 One pair is what a lease costs the coordinator: claim, end of the lease, release; on PostgreSQL as durable as the server
-is set to be (that is printed). The database is migrated and gets a pool of its own, which is deleted afterwards.
+is set to be (that is printed). Bare SQL is what two statements cost through the same driver, whatever a coordinator
+makes of them. The database is migrated and gets a pool of its own and a table, which are deleted afterwards.
 Clients are tasks of one process; the server's processor time is told where the server runs on this machine.
 """
 
@@ -14,18 +15,19 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from benchmarks._claims_floor import BareTable
 from benchmarks._report import describe_ms, print_table, write_json
 from repopool_async._clock import now
 from repopool_async._identity import boot_id
 from repopool_async.coordination._pg_database import Database
 from repopool_async.coordination._pg_migrations import migrate
-from repopool_async.coordination.base import Coordinator
+from repopool_async.coordination.base import Coordinator, Grant
 from repopool_async.coordination.files import FileCoordinator
 from repopool_async.coordination.postgres import PostgresCoordinator
 from repopool_async.lock_manager import LockManager
@@ -34,6 +36,7 @@ from repopool_async.shared_state import PoolRecords
 from repopool_async.slot_allocator import available
 from repopool_async.slot_store import SlotStore
 
+CONNECTIONS = 16
 COMMIT = "a" * 40
 SEAL = Seal(
     commit=COMMIT, branch="main", refs_generation="1", boot_id=boot_id(), mark_ns=1, settled_ns=1,
@@ -62,9 +65,36 @@ async def make_pool(coordinator: Coordinator, records: PoolRecords, name: str, n
         await coordinator.finish(await coordinator.create(slot), available(slot, SEAL, now()))
 
 
-async def measure(
-    engine: str, coordinator: Coordinator, name: str, *, clients: int, seconds: float, server_cpu: Callable[[], float]
-) -> Run:
+Claim = Callable[[str], Awaitable[Callable[[], Awaitable[object]]]]
+"""Leases a slot under an id, and returns what gives it back."""
+
+
+def claiming(coordinator: Coordinator, name: str) -> Claim:
+    """Return what a lease costs a coordinator."""
+
+    async def claim(lease_id: str) -> Callable[[], Awaitable[object]]:
+        grant = await coordinator.claim(name, commit=COMMIT, branch="main", lease_id=lease_id)
+        assert grant is not None
+        return lambda: give_back(grant)
+
+    async def give_back(grant: Grant) -> None:
+        slot = await coordinator.begin_return(grant)
+        await coordinator.finish(grant, available(slot, SEAL, now()))
+
+    return claim
+
+
+def claiming_barely(table: BareTable) -> Claim:
+    """Return what it costs the database and its driver."""
+
+    async def claim(lease_id: str) -> Callable[[], Awaitable[object]]:
+        row = await table.claim(lease_id)
+        return lambda: table.release(row)
+
+    return claim
+
+
+async def measure(engine: str, claim: Claim, *, clients: int, seconds: float, server_cpu: Callable[[], float]) -> Run:
     """Let clients lease and return for a while."""
     waits: list[float] = []
     end = time.monotonic() + seconds
@@ -74,11 +104,9 @@ async def measure(
         while time.monotonic() < end:
             count += 1
             asked = time.monotonic()
-            grant = await coordinator.claim(name, commit=COMMIT, branch="main", lease_id=f"{client}-{count}")
+            give_back = await claim(f"{client}-{count}")
             waits.append(time.monotonic() - asked)
-            assert grant is not None
-            slot = await coordinator.begin_return(grant)
-            await coordinator.finish(grant, available(slot, SEAL, now()))
+            await give_back()
 
     started, own, servers = time.monotonic(), time.process_time(), server_cpu()
     await asyncio.gather(*(work(client) for client in range(clients)))
@@ -111,27 +139,29 @@ def _ticks(process: Path) -> int:
 
 
 async def run_all(dsn: str, *, seconds: float, rounds: int, clients: list[int]) -> list[Run]:
-    """Measure both engines with each number of clients, in turn, several times."""
+    """Measure all engines with each number of clients, in turn, several times."""
     runs: list[Run] = []
     name = f"bench-{uuid.uuid4().hex[:8]}"
     slots = 2 * max(clients)
     with tempfile.TemporaryDirectory(prefix="repopool-claims-") as directory:
         store = SlotStore(directory)
         files = FileCoordinator(store, LockManager(store.locks_directory))
-        async with PostgresCoordinator(dsn, max_connections=16) as postgres:
+        async with (
+            PostgresCoordinator(dsn, max_connections=CONNECTIONS) as postgres,
+            BareTable(dsn, num_slots=slots, max_connections=CONNECTIONS) as bare,
+        ):
             try:
                 await make_pool(postgres, postgres.records, name, slots)
                 await make_pool(files, store, name, slots)
-                engines: dict[str, tuple[Coordinator, Callable[[], float]]] = {
-                    "PostgreSQL": (postgres, postgres_cpu_seconds),
-                    "files": (files, lambda: 0.0),
+                engines: dict[str, tuple[Claim, Callable[[], float]]] = {
+                    "PostgreSQL": (claiming(postgres, name), postgres_cpu_seconds),
+                    "bare SQL": (claiming_barely(bare), postgres_cpu_seconds),
+                    "files": (claiming(files, name), lambda: 0.0),
                 }
                 for _ in range(rounds):
                     for count in clients:
-                        for engine, (coordinator, cpu) in engines.items():
-                            runs.append(
-                                await measure(engine, coordinator, name, clients=count, seconds=seconds, server_cpu=cpu)
-                            )
+                        for engine, (claim, cpu) in engines.items():
+                            runs.append(await measure(engine, claim, clients=count, seconds=seconds, server_cpu=cpu))
             finally:
                 await postgres.records.delete_pool(name)
     return runs

@@ -1,12 +1,14 @@
 """Puts right what nobody else will: slots of dead owners, leases taken away or too long, damaged slots, rubbish.
 
 One background loop per manager, and the same sweep on demand (`PoolManager.recover`). Taking over what dead owners left
-is every manager's work; the rest is done by one janitor at a time among all processes, which holds the lock `janitor`.
-Everything it does is reported as an event. It decides nothing about a single slot; pools and coordinators do.
+is every manager's work. What only this machine can do is done by one janitor at a time of those that share its
+directory, the rest by one among all processes, which holds the lock `janitor`. Everything it does is reported as an
+event. It decides nothing about a single slot; pools and coordinators do.
 """
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -14,6 +16,7 @@ from repopool_async._aio import TaskSet, in_thread
 from repopool_async._clock import boottime, now
 from repopool_async._identity import boot_id
 from repopool_async.exceptions import CoordinatorUnavailableError, LockTimeoutError, PoolManagerError
+from repopool_async.host_admission import Manager
 from repopool_async.housekeeping import LeftOver, left_overs, remove
 from repopool_async.mirror import MIRROR_LOCKS
 from repopool_async.models import SlotState, StaleLock
@@ -40,7 +43,7 @@ class SweepReport(list[str]):
         repairing: quarantined slots whose repair was begun. completing: pools whose maker died before all their slots
             were there, which are being made. expired: slots whose lease had lasted too long.
         over_limit: pools that use more disk than they may, even after what may go has gone.
-        is_janitor: False where another process was sweeping, which then did the rest.
+        is_janitor: False where another process was sweeping, which then did the rest (for this machine, or for all).
     """
 
     def __init__(self, recovered: Iterable[str] = ()) -> None:
@@ -140,28 +143,43 @@ class Janitor:
             report += await pool.keeper.recover()
             if pool.name not in self._over_limit and await self._complete(pool, is_asked):
                 report.completing.append(pool.name)
-        try:
-            async with self._locks.acquire_slot_lock(_LOCK_ID, timeout=_LOCK_SECONDS if is_asked else 0):
-                await self._do_chores(report, is_asked=is_asked)
-        except LockTimeoutError:
-            report.is_janitor = False
+        for chores, lock_id in ((self._do_own_chores, await self._own_lock_id()), (self._do_common_chores, _LOCK_ID)):
+            try:
+                async with self._locks.acquire_slot_lock(lock_id, timeout=_LOCK_SECONDS if is_asked else 0):
+                    await chores(report, is_asked)
+            except LockTimeoutError:
+                report.is_janitor = False
         self.note_trash()
         if done := report.fields():
             self._emit("janitor.swept", done)
         return report
 
-    async def _do_chores(self, report: SweepReport, *, is_asked: bool) -> None:
+    async def _own_lock_id(self) -> str:
+        return f"{_LOCK_ID}-{(await Manager.of(self._workspaces_dir)).identity}"
+
+    async def _do_own_chores(self, report: SweepReport, _is_asked: bool) -> None:
+        async def chores(pool: RepoPool) -> None:
+            report.expired += await self._end_too_long_leases(pool)
+            report.removed += await self._remove_left_overs(pool)
+
+        await self._in_each_pool(chores)
+
+    async def _do_common_chores(self, report: SweepReport, is_asked: bool) -> None:
+        async def chores(pool: RepoPool) -> None:
+            await pool.keeper.chores.tidy_salvage()
+            await self._warn_of_long_leases(pool)
+            report.removed += await pool.keeper.chores.discard_strays()
+            if await self._keep_to_disk_limit(pool, is_asked=is_asked):
+                report.over_limit.append(pool.name)
+            report.repairing += await self._repair_damaged(pool, is_asked=is_asked)
+
         report.stale_locks = await self._locks.cleanup_stale_locks(spared_prefix=(MIRROR_LOCKS, SALVAGE_LOCKS))
+        await self._in_each_pool(chores)
+
+    async def _in_each_pool(self, chores: Callable[[RepoPool], Awaitable[None]]) -> None:
         for pool in list(self._pools()):
             try:
-                await pool.keeper.chores.tidy_salvage()
-                await self._warn_of_long_leases(pool)
-                report.expired += await self._end_too_long_leases(pool)
-                report.removed += await self._remove_left_overs(pool)
-                report.removed += await pool.keeper.chores.discard_strays()
-                if await self._keep_to_disk_limit(pool, is_asked=is_asked):
-                    report.over_limit.append(pool.name)
-                report.repairing += await self._repair_damaged(pool, is_asked=is_asked)
+                await chores(pool)
             except (PoolManagerError, OSError) as error:
                 # One damaged pool must not keep the others dirty.
                 self._emit("janitor.failed", {"repo_name": pool.name, "error": str(error)})
@@ -286,7 +304,8 @@ class Janitor:
                 _log.warning("the sweep failed: %s", error)
             except (PoolManagerError, OSError):
                 _log.exception("the sweep failed; it is tried again in %g s", self.interval_seconds)
-            await asyncio.sleep(self.interval_seconds)
+            # Managers that swept in step would leave the lock to the same one every time.
+            await asyncio.sleep(self.interval_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
 
     async def _empty_trash_for_ever(self) -> None:
         while True:

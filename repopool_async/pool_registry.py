@@ -6,20 +6,30 @@ asks for is `configured_pools`' business, what a pool is made of `assembly`'s.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from typing import Final
 
 import attrs
 
 from repopool_async._aio import Deadline, shielded
-from repopool_async._clock import now
+from repopool_async._clock import boottime, now
 from repopool_async._git_arguments import Credentials, split_credentials, validate_url
 from repopool_async.assembly import Assembler, Shared
 from repopool_async.config import PoolOptions
 from repopool_async.config_changes import READ_AT_USE, changed_options
 from repopool_async.config_values import validate_repo_name
-from repopool_async.exceptions import ConfigError, PoolExistsError, PoolManagerError, PoolNotFoundError
+from repopool_async.exceptions import (
+    ConfigError,
+    CoordinatorUnavailableError,
+    PoolExistsError,
+    PoolManagerError,
+    PoolNotFoundError,
+)
 from repopool_async.models import Pool
 from repopool_async.preflight import refuse_too_many_slots
 from repopool_async.repo_pool import RepoPool
+
+_LOOK_SECONDS: Final = 1.0
+"""How long an open pool is taken to be there still without looking."""
 
 
 class PoolRegistry:
@@ -29,6 +39,7 @@ class PoolRegistry:
         self._shared = shared
         self._assembler = assembler
         self._pools: dict[str, RepoPool] = {}
+        self._seen: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[RepoPool]:
         """Iterate over the pools that are open now."""
@@ -40,7 +51,10 @@ class PoolRegistry:
 
     async def names(self) -> list[str]:
         """Return the names of all pools of the directory, sorted."""
-        return sorted({*self._pools, *await self._shared.records.list_pools()})
+        names = sorted(await self._shared.records.list_pools())
+        for name in self._pools.keys() - set(names):
+            await self._close_if_deleted(name)
+        return names
 
     async def stored(self, name: str) -> Pool | None:
         """Return what is stored of a pool."""
@@ -50,10 +64,36 @@ class PoolRegistry:
             return None
 
     async def find(self, name: str) -> RepoPool | None:
-        """Return a pool, which is opened where another process has made it; None where there is none."""
+        """Return a pool, which is opened where another process has made it; None where there is none (any more)."""
+        if name in self._pools and boottime() - self._seen.get(name, float("-inf")) >= _LOOK_SECONDS:
+            with suppress(CoordinatorUnavailableError):
+                await self._close_if_deleted(name)
+                self._seen[name] = boottime()
         if name not in self._pools and await self.stored(name) is not None:
             await self.adopt(name)
         return self._pools.get(name)
+
+    async def _close_if_deleted(self, name: str) -> None:
+        """Close a pool that another process has deleted, or deleted and made of another repository."""
+        if await self._is_there(name):
+            return
+        held = await self._shared.locks.try_acquire(name_lock(name))
+        if held is None:
+            return  # somebody is making, changing or deleting it, perhaps we
+        try:
+            pool = self._pools.get(name)
+            if pool is not None and not await self._is_there(name):
+                del self._pools[name]
+                await shielded(pool.close(Deadline.after(0)), name=f"close-{name}")
+                self._shared.bus.emit("pool.deleted", {"repo_name": name})
+        finally:
+            await held.release()
+
+    async def _is_there(self, name: str) -> bool:
+        pool, stored = self._pools.get(name), await self.stored(name)
+        if stored is None:  # its record may be damaged beyond guessing, and the pool at work all the same
+            return name in await self._shared.records.list_pools()
+        return pool is None or stored.repo_url == pool.record.repo_url
 
     async def adopt(self, name: str) -> RepoPool:
         """Open a pool that is stored, as it is stored."""

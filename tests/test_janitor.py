@@ -153,6 +153,18 @@ async def test_only_one_janitor_works_at_a_time(manager: PoolManager, origin: Pa
     assert (await manager.recover()).is_janitor
 
 
+@pytest.mark.usefixtures("_everything_is_old")
+async def test_a_machine_is_swept_though_another_machines_janitor_never_rests(
+    manager: PoolManager, origin: Path, tmp_path: Path
+) -> None:
+    await manager.create_pool("web", str(origin))
+    left = rubbish(tmp_path / "pools/web")
+    async with LockManager(tmp_path / "pools/locks").acquire_slot_lock("janitor"):
+        report = await manager._janitor.sweep(is_asked=False)
+    assert not report.is_janitor
+    assert sorted(map(Path, report.removed)) == left
+
+
 # -- damaged slots -----------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from repopool_async import (
     StoreError,
     TooManyRequestsError,
     UnknownRefError,
+    pool_registry,
 )
 from repopool_async._identity import process_start_time
 
@@ -173,6 +174,51 @@ async def test_deleting_a_pool_removes_its_directory(manager: PoolManager, origi
         await manager.get_pool("web")
     pool = await manager.create_pool("web", str(origin))
     assert (await pool.summary()).available == 1
+
+
+@pytest.fixture
+def _looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_registry, "_LOOK_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_looks_always")
+async def test_a_pool_that_another_process_deleted_is_gone(
+    manager: PoolManager, origin: Path, make_commit: MakeCommit, tmp_path: Path
+) -> None:
+    async with PoolManager(manager.config) as other:
+        await manager.create_pool("web", str(origin))
+        held = await other.allocate_slot("web")
+        assert held is not None
+        await manager.delete_pool("web", force=True)
+        assert await other.list_pools() == []
+        assert held.lost.is_set()
+        assert await other.get_pool_summary() == {}
+        with pytest.raises(PoolNotFoundError, match="there is no pool 'web'"):
+            await other.allocate_slot("web")
+        assert not (tmp_path / "pools" / "web").exists()
+
+        await manager.create_pool("web", str(origin))
+        await other.allocate_slot("web")
+        await manager.delete_pool("web", force=True)
+        another = shutil.copytree(origin, tmp_path / "another.git")
+        commit = make_commit(another, "main", {"another": b"repository"})
+        await manager.create_pool("web", str(another))
+        async with other.lease("web") as slot:
+            assert slot.commit == commit
+
+
+async def test_a_pool_that_is_being_made_is_not_taken_for_a_deleted_one(manager: PoolManager, origin: Path) -> None:
+    listed: list[list[str]] = []
+
+    async def look() -> None:
+        while not making.done():
+            listed.append(await manager.list_pools())
+
+    making = asyncio.create_task(manager.create_pool("web", str(origin)))
+    await look()
+    assert listed[0] == []
+    assert (await (await making).summary()).available == 1
+    assert await manager.list_pools() == ["web"]
 
 
 async def test_a_pool_in_use_is_deleted_only_by_force(manager: PoolManager, origin: Path, tmp_path: Path) -> None:

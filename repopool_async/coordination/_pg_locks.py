@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import attrs
-
 from repopool_async._aio import Deadline
 from repopool_async._codec import CodecError, loads
 from repopool_async._identity import this_process
 from repopool_async.coordination._pg_debts import Debt
+from repopool_async.coordination._pg_holds import leaving_lock
 from repopool_async.coordination._pg_link import Link
 from repopool_async.coordination._pg_rows import encoded
 from repopool_async.exceptions import LockTimeoutError
@@ -43,11 +42,6 @@ _RELEASE: Final = """
     UPDATE repopool.named_lock SET session_id = NULL, hold_id = NULL, owner = NULL
     WHERE name = $1 AND hold_id = $2
 """
-_LEAVE: Final = """
-    UPDATE repopool.named_lock SET session_id = gen_random_uuid(), hold_id = NULL
-    WHERE name = $1 AND hold_id = $2
-"""
-"""Gives a lock up as if its session had ended: to one that there is not."""
 _FORGET_STALE: Final = """
     WITH stale AS (
         SELECT l.name, l.owner::text AS owner, repopool.seconds_since(l.acquired_at) AS age
@@ -70,16 +64,23 @@ class PostgresLock:
         token: grows with every holder of the name. was_left: whether the last holder ended without releasing it.
     """
 
-    def __init__(self, link: Link, debt: Debt, token: int, *, was_left: bool) -> None:
+    def __init__(self, link: Link, name: str, debt: Debt, token: int, *, was_left: bool) -> None:
         self._link = link
+        self._name = name
         self._debt: Debt | None = debt
+        self.hold_id: Final = debt.hold_id
         self.token: Final = token
         self.was_left: Final = was_left
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has not been released; says nothing of whether it was taken away."""
+        return self._debt is not None
 
     def leave(self) -> None:
         """Have the next holder find `was_left`, though this one will release it."""
         if self._debt is not None:
-            self._debt = attrs.evolve(self._debt, statement=_LEAVE)
+            self._debt = leaving_lock(self._name, self.hold_id)
 
     async def release(self) -> None:
         """Give the lock up; where the database does not answer, as soon as it does. A second call does nothing."""
@@ -110,10 +111,15 @@ class PostgresLocks:
         hold_id = uuid.uuid4()
         debt = Debt(hold_id, _RELEASE, (slot_id, hold_id))
         owner = encoded(this_process())
-        row = await self._link.begin(
-            f"take the lock {slot_id}", _TAKE, slot_id, self._link.session.session_id, hold_id, owner, debt=debt
-        )
-        return None if row is None else PostgresLock(self._link, debt, row["token"], was_left=bool(row["was_left"]))
+        with self._link.holds.asked_for(hold_id):
+            row = await self._link.begin(
+                f"take the lock {slot_id}", _TAKE, slot_id, self._link.session.session_id, hold_id, owner, debt=debt
+            )
+            if row is None:
+                return None
+            lock = PostgresLock(self._link, slot_id, debt, row["token"], was_left=bool(row["was_left"]))
+            self._link.holds.add(lock)
+            return lock
 
     async def is_locked(self, slot_id: str) -> bool:
         """See `Locks.is_locked`."""

@@ -199,13 +199,18 @@ class _Asked:
 
     lease: Lease
     limits: _Limits | None
+    host: str | None
     ttl: float | None
     wait_seconds: float | None
     asked_boottime: float
 
 
-def want_of(want: Want, owner: Owner) -> str:
-    """Return what a claim asks for as JSON; the lease in it gets its token and times from the database."""
+def want_of(want: Want, owner: Owner, *, host_id: str | None = None) -> str:
+    """Return what a claim asks for as JSON; the lease in it gets its token and times from the database.
+
+    Args:
+        host_id: the host to be preferred, where the slots of several are equally near to what is wanted.
+    """
     lease = Lease(
         lease_id=want.lease_id,
         token=0,
@@ -218,7 +223,7 @@ def want_of(want: Want, owner: Owner) -> str:
         branch=want.branch,
         metadata=want.metadata,
     )
-    return encoded(_Asked(lease, _limits_of(want), want.detached_ttl, want.wait_seconds, boottime()))
+    return encoded(_Asked(lease, _limits_of(want), host_id, want.detached_ttl, want.wait_seconds, boottime()))
 
 
 def _limits_of(want: Want) -> _Limits | None:

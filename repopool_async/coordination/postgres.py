@@ -48,6 +48,7 @@ from repopool_async.coordination._pg_rows import (
     want_of,
 )
 from repopool_async.coordination._pg_slots import SlotTable
+from repopool_async.coordination._pg_spread import Spread
 from repopool_async.coordination._pg_ticket import PostgresTicket
 from repopool_async.coordination.base import AnyHold, Grant, Hold, OnEvent, Want, checked_ttl
 from repopool_async.coordination.records import lease_of, lost, require_new, require_own, require_settled
@@ -101,6 +102,7 @@ class PostgresCoordinator:
             call_seconds=call_seconds,
         )
         self._slots = SlotTable(self._link)
+        self._spread = Spread(self._link)
         self.records: Final = PostgresRecords(self._link)
         self.locks: Final = PostgresLocks(self._link)
         self.hosts: Final = PostgresHosts(self._link)
@@ -175,6 +177,8 @@ class PostgresCoordinator:
             detached_ttl=detached_ttl,
             wait_seconds=wait_seconds,
         )
+        self._link.session.require_trust()
+        host_id = await self._spread.host_for(repo_name, commit, exclude_hosts)
         hold_id = uuid.uuid4()
         with self._link.holds.asked_for(hold_id):
             row = await self._link.begin(
@@ -183,11 +187,11 @@ class PostgresCoordinator:
                 repo_name,
                 self._link.session.session_id,
                 hold_id,
-                want_of(want, this_process()),
+                want_of(want, this_process(), host_id=host_id),
                 stand_back,
                 debt=abandoning(repo_name, hold_id),
             )
-            return None if row is None else self._granted(hold_id, row["record"], row["overwritten"])
+            return None if row["record"] is None else self._granted(hold_id, row["record"], row["overwritten"])
 
     async def detach(self, grant: Grant) -> Lease:
         """See `Coordinator.detach`."""
@@ -265,7 +269,7 @@ class PostgresCoordinator:
             *(slot_id, grant.lock.hold_id, grant.token),
             tells_repetition=True,
         )
-        if row is None:
+        if row["total_seconds"] is None:
             raise await self._lost(grant)
         grant.slot = attrs.evolve(
             cleaning(grant.slot), total_allocated_seconds=row["total_seconds"], unsaved=row["unsaved"]
@@ -310,6 +314,8 @@ class PostgresCoordinator:
             raise await self._lost(hold)
         hold.lock.end()
         hold.slot = slot
+        if slot.state is SlotState.AVAILABLE:
+            self._spread.note_free(slot)
         return slot
 
     async def abandon_hold(self, hold: Hold) -> None:
@@ -441,6 +447,7 @@ class PostgresCoordinator:
 
     def _granted(self, hold_id: uuid.UUID, record: str, overwritten: str | None) -> Grant:
         slot = slot_of(record)
+        self._spread.note_taken(slot)
         hold = self._held(hold_id, slot)
         previous = before_claim(slot, overwritten)
         return Grant(slot=slot, token=slot.token, lock=hold.lock, lease=lease_of(slot), previous=previous)

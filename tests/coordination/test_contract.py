@@ -101,6 +101,39 @@ async def test_a_returned_slot_is_available_again_with_its_use_counted(coordinat
     assert records[1].held_seconds == pytest.approx(5, abs=1)
 
 
+async def hosts_claimed(coordinator: Coordinator, count: int, **options: Any) -> list[str]:
+    """Claim so many slots, one after the other, and return their hosts."""
+    return [(await claimed(coordinator, f"lease-{number}", **options)).slot.host_id for number in range(count)]
+
+
+async def test_claims_go_to_the_host_with_the_largest_part_of_its_slots_free(place: Place) -> None:
+    await place.records.save_pool(Pool(repo_name=REPO, repo_url="u", num_slots=6, created_at=now()))
+    coordinator = await place.coordinator()
+    for host_id in "aaaabb":
+        await add_slot(coordinator, place, host_id=host_id)
+    assert await hosts_claimed(coordinator, 6) == ["a", "b", "a", "a", "b", "a"]
+
+
+async def test_claims_go_to_the_wanted_commit_first_and_to_the_emptiest_host_second(place: Place) -> None:
+    await place.records.save_pool(Pool(repo_name=REPO, repo_url="u", num_slots=6, created_at=now()))
+    coordinator = await place.coordinator()
+    for host_id, commit in (("a", OTHER), ("a", OTHER), ("b", COMMIT), ("b", OTHER), ("c", COMMIT), ("c", COMMIT)):
+        hold = await coordinator.create(
+            attrs.evolve(place.slot(await coordinator.next_slot_number(REPO)), host_id=host_id)
+        )
+        await coordinator.finish(hold, available(hold.slot, make_seal(commit), now()))
+    assert await hosts_claimed(coordinator, 6) == ["b", "c", "c", "a", "a", "b"]
+
+
+async def test_an_excluded_host_is_none_to_choose(place: Place) -> None:
+    await place.records.save_pool(Pool(repo_name=REPO, repo_url="u", num_slots=4, created_at=now()))
+    coordinator = await place.coordinator()
+    for host_id in "aabb":
+        await add_slot(coordinator, place, host_id=host_id)
+    assert await hosts_claimed(coordinator, 2, exclude_hosts=frozenset("a")) == ["b", "b"]
+    assert await claim(coordinator, exclude_hosts=frozenset("a")) is None
+
+
 async def test_who_works_on_which_slot_can_be_asked_of_all_at_once(
     coordinator: Coordinator, other: Coordinator
 ) -> None:

@@ -9,9 +9,10 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import asyncpg
+import attrs
 import pytest
 
-from repopool_async.coordination import _pg_session
+from repopool_async.coordination import _pg_session, _pg_spread
 from repopool_async.coordination._pg_errors import SessionExpiredError, translated
 from repopool_async.coordination.base import Grant, Want
 from repopool_async.coordination.postgres import PostgresCoordinator
@@ -180,6 +181,39 @@ async def test_a_collected_slot_whose_reply_is_lost_is_collected_again(postgres:
         grant = await ticket.claim()
         assert grant is not None
         assert (grant.lease.lease_id, grant.token) == ("mine", 3)
+
+
+# Choosing
+
+
+async def pool_on_hosts(place: PostgresPlace, hosts: str) -> PostgresCoordinator:
+    made = await place.pool(0)
+    for host_id in hosts:
+        slot = place.slot(await made.next_slot_number(REPO))
+        await settle(made, await made.create(attrs.evolve(slot, host_id=host_id)))
+    return made
+
+
+async def test_what_other_managers_took_is_reckoned_with(
+    postgres: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pg_spread, "FRESH_SECONDS", 0.0)
+    coordinators = [await pool_on_hosts(postgres, "aaabbb"), await postgres.coordinator()]
+    hosts = [(await claimed(coordinators[number % 2], f"{number}")).slot.host_id for number in range(6)]
+    assert sorted(hosts[:2]) == sorted(hosts[2:4]) == sorted(hosts[4:]) == ["a", "b"]
+
+
+async def test_counting_is_not_done_at_every_claim(postgres: PostgresPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pg_spread, "FRESH_SECONDS", 3600.0)
+    coordinator, other = await pool_on_hosts(postgres, "aaaabbbb"), await postgres.coordinator()
+    grant = await claimed(coordinator)
+    for number in range(3):  # of which the first does not know
+        assert (await claimed(other, f"{number}", exclude_hosts=frozenset("a"))).slot.host_id == "b"
+    assert (await claimed(coordinator, "second")).slot.host_id == "b", "what was counted, and reckoned on from there"
+    assert (await claimed(coordinator, "third")).slot.host_id == "a"
+    assert (await claimed(coordinator, "fourth")).slot.host_id == "a", "b was thought to be as empty, and has nothing"
+    await give_back(coordinator, grant)
+    assert (await claimed(coordinator, "last")).slot.host_id == "a"
 
 
 # Waiting

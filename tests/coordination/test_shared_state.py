@@ -195,6 +195,33 @@ async def test_a_lock_ends_with_its_session_and_the_next_holder_is_told(postgres
         assert not held.was_left
 
 
+async def test_a_lock_whose_release_was_lost_in_a_failover_is_given_up_and_one_that_is_held_is_not(
+    postgres: PostgresPlace,
+) -> None:
+    coordinator, other = await postgres.coordinator(), await postgres.coordinator()
+    kept, released = await coordinator.locks.try_acquire("kept"), await coordinator.locks.try_acquire("released")
+    assert kept is not None
+    assert released is not None
+    await released.release()
+    # As a server that has lost the last commit has it.
+    await postgres.ask(
+        "UPDATE repopool.named_lock SET session_id = $1, hold_id = $2 WHERE name = 'released'",
+        *(coordinator._link.session.session_id, released.hold_id),
+    )
+    assert await other.locks.is_locked("released")
+
+    async def is_free() -> bool:
+        return not await other.locks.is_locked("released")
+
+    await coordinator.reap()
+    await eventually(is_free)
+    async with other.locks.acquire_slot_lock("released", timeout=0) as held:
+        assert held.was_left, "nobody knows what the lost commits were about"
+    assert await other.locks.is_locked("kept")
+    await kept.release()
+    assert not await other.locks.is_locked("kept")
+
+
 async def test_a_lock_is_released_once_the_database_answers_again(postgres: PostgresPlace) -> None:
     coordinator = await postgres.coordinator(max_connections=1)
     held = await coordinator.locks.try_acquire("pool-web")
