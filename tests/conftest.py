@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import _scratch
 from tests._forks import NOBODY
 
 GIT_ENVIRONMENT = {
@@ -33,6 +34,42 @@ MAIN_FILES: Mapping[str, bytes | None] = {
 }
 
 MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
+
+
+_SCRATCH = pytest.StashKey[_scratch.Scratch]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary files where they are fast, and where nothing stays of them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        place = _scratch.place()
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(place))  # what a failed test wrote is kept for a look
+        config.stash[_SCRATCH] = made = _scratch.Scratch(place)
+        _scratch.use(made.path)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with the run, not only their files
+    else:
+        own = Path(tempfile.gettempdir(), worker)
+        own.mkdir()
+        own.chmod(0o1777)
+        _scratch.use(own)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SCRATCH in config.stash:
+        config.stash[_SCRATCH].remove()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what is allowed more time than the rest: whichever came last would keep one process busy alone."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Fail where a test left temporary files outside of pytest's."""
+    yield
+    assert os.listdir(tempfile.gettempdir()) == []
 
 
 @pytest.fixture(scope="session", autouse=True)

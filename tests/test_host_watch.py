@@ -169,6 +169,8 @@ async def test_who_waits_already_is_given_a_slot_on_a_host_that_is_back(manager:
     slot = await waiter
     assert slot is not None
     assert slot.host_id == "a"
+    for leased in (held, slot):
+        await manager.release_slot(leased)  # closing would wait for them
 
 
 async def test_other_processes_see_what_becomes_of_a_host(

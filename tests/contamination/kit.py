@@ -6,6 +6,7 @@ pools: the same vectors are played against other recipes for comparison. What be
 
 import errno
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,38 @@ def register_each(group: str, kinds: Sequence[str], act: Callable[["Scene", str]
         VECTORS[own] = Vector(own, group, lambda scene, kind=kind: act(scene, kind))  # type: ignore[misc]
 
 
+@attrs.frozen
+class Left:
+    """A process that a vector left, with all its threads.
+
+    Attributes:
+        source: the script that it runs.
+        handle: by which it is known, and not who has its number once it is gone.
+    """
+
+    source: Path
+    handle: int
+
+    def tell(self) -> None:
+        """Let it go on, and wait until it has done its deed, where it is still alive."""
+        self.source.with_suffix(".told").touch()
+        done = self.source.with_suffix(".done")
+        self._signal(signal.SIGCONT)
+        wait_for(lambda: done.exists() or self._has_ended(), lambda: f"{self.source.name} hangs")
+
+    def end(self) -> None:
+        """Kill it where it still runs; it is not known afterwards."""
+        self._signal(signal.SIGKILL)
+        os.close(self.handle)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, number)
+
+    def _has_ended(self) -> bool:
+        return bool(select.select([self.handle], [], [], 0)[0])
+
+
 @attrs.define
 class Scene:
     """Where a vector acts.
@@ -107,7 +140,7 @@ class Scene:
         run: runs a command in the slot, bearing the lease's mark, and waits for its end.
         late: done after the slot was returned and leased again.
         hidden_objects: ids of objects that the next lessee must not be able to read.
-        is_ours: pids that vectors left running.
+        left: what vectors left running.
     """
 
     tree: Path
@@ -118,7 +151,7 @@ class Scene:
     late: list[Callable[[], None]] = attrs.field(factory=list)
     undo: list[Callable[[], None]] = attrs.field(factory=list)
     hidden_objects: list[str] = attrs.field(factory=list)
-    left: list[int] = attrs.field(factory=list)
+    left: list["Left"] = attrs.field(factory=list)
 
     @property
     def git_dir(self) -> Path:
@@ -229,24 +262,14 @@ class Scene:
         arguments = ["sh", "-c", _START, "sh", str(cwd or self.tree), *scrub, *wrapper, python(), "-ISB", str(source)]
         self.run(*arguments, env={"BASE": str(source.with_suffix(""))})
         assert ready.exists(), f"{name} did not start: {source.with_suffix('.err').read_text()}"
-        pid = int(ready.read_text())
-        self.left.append(pid)
-        self.late.append(lambda: self._tell(source, pid))
-
-    def _tell(self, source: Path, pid: int) -> None:
-        """Let a left process go on, and wait until it has done its deed, where it is still alive."""
-        source.with_suffix(".told").touch()
-        done = source.with_suffix(".done")
-        if state_of(pid) == "T":
-            os.kill(pid, signal.SIGCONT)
-        wait_for(lambda: done.exists() or not state_of(pid), lambda: f"{source.name} hangs")
+        left = Left(source, os.pidfd_open(int(ready.read_text())))
+        self.left.append(left)
+        self.late.append(left.tell)
 
     def end(self) -> None:
         """End what vectors left running, and undo what would be in the way of deleting things."""
-        for pid in self.left:
-            if state_of(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        for left in self.left:
+            left.end()
         for undo in reversed(self.undo):
             undo()
 
@@ -294,16 +317,6 @@ def wait_for(condition: Callable[[], object], message: Callable[[], str]) -> Non
     while not condition():
         assert time.monotonic() < limit, message()
         time.sleep(_POLL_SECONDS)
-
-
-def state_of(pid: int) -> str:
-    """Return the state of a process that a vector left, as the kernel's letter; "" where it is gone."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return ""
-    return state if state not in "ZX" and b"control/process" in command else ""
 
 
 def remove(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Whatever a lessee does, the next one sees a fresh clone, nothing planted ran, and nothing outside changed.
 
-Every vector of the corpus is played at the same ref; those that touch what a check-out touches also at a change of
-ref; those that a user's rights matter to also as an ordinary user, where the tests run as root. The same comparison is
-held against the recipe that everybody writes first, to show that it can fail.
+Every vector of the corpus is played at the same ref; those that touch what a check-out touches take turns at a change
+of ref, and those that a user's rights matter to take turns as an ordinary user, where the tests run as root. The same
+comparison is held against the recipe that everybody writes first, to show that it can fail.
 """
 
 import itertools
@@ -88,6 +88,7 @@ def with_other_refs(vectors: list[Vector]) -> list[object]:
     ]
 
 
+@pytest.mark.sampled(one_in=3)
 @pytest.mark.parametrize(
     ("vector", "then"), with_other_refs([vector for vector in CORPUS if vector.group in OF_A_CHECK_OUT])
 )
@@ -95,6 +96,7 @@ async def test_also_when_the_next_lessee_wants_another_ref(bench: Bench, vector:
     assert await leaks_of(bench, vector, then) == ()
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.skipif(not IS_ROOT, reason="the whole corpus ran as an ordinary user")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_also_as_an_ordinary_user(part: int) -> None:

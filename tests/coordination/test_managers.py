@@ -78,6 +78,7 @@ async def test_a_manager_waits_for_a_slot_that_another_gives_back(fleet: Fleet, 
     other = await waiting
     assert other is not None
     assert (other.slot_id, other.token) == (slot.slot_id, slot.token + 1)
+    await two.release_slot(other)  # closing would wait for it
 
 
 async def test_deleting_a_pool_leaves_nothing_on_any_host(fleet: Fleet, origin: Path, tmp_path: Path) -> None:
@@ -187,6 +188,8 @@ async def test_a_host_that_one_manager_cannot_reach_is_used_by_the_other(fleet: 
     again = await two.allocate_slot("web", timeout=60)
     assert again is not None
     assert again.host_id == "a"
+    await two.release_slot(again)  # closing would wait for them
+    await one.release_slot(mine)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +223,7 @@ async def test_managers_share_a_host_over_ssh_and_it_refuses_the_one_that_was_ro
     async with asyncio.timeout(TAKEOVER_SECONDS):
         await slot.lost.wait()
     assert (await taken.run("git", "rev-parse", "HEAD")).text.strip() == taken.commit
+    await two.release_slot(taken)  # closing would wait for it
 
 
 # -- what a name means -------------------------------------------------------------------------------------------

@@ -264,6 +264,7 @@ async def test_a_lessee_that_fills_the_disk_and_is_thrown_out(disk: Disk, origin
             Disk(slot.path / "big").fill()
             await manager.force_unlock(slot.slot_id)
             await all_back(manager, 2)
+            await other.close(0)  # which would wait for what it does not know to be taken away
 
 
 @pytest.mark.parametrize("room", [0, 16_384, 65_536])
