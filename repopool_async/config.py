@@ -166,8 +166,6 @@ class PoolOptions:
             if getattr(self, option_name):
                 text = f"cannot be combined with {option_name}: nothing that a lessee had is used again there"
                 raise located(text, ("keep",))
-        if names and self.hosts:
-            raise located("cannot be combined with hosts: slots on other machines do not offer it yet", ("keep",))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "PoolOptions":

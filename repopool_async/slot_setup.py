@@ -6,7 +6,6 @@ and what becomes of a slot in which it fails, is the cleaner's business.
 
 import hashlib
 import json
-import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -70,7 +69,7 @@ class SlotSetup:
         if stamp.get("failed"):
             return is_wanted
         made = [name for name in await self._kept.of_commit(commit) if name in stamp.get("made", ())]
-        return not all([await self._host.stat(f"{slot.path}/{name}") for name in made])
+        return bool(made) and not all(await self._host.stat_many([f"{slot.path}/{name}" for name in made]))
 
     async def run(self, slot: Slot, commit: str, *, mark: str) -> None:
         """Throw away what is kept, and run the command in a clean tree; clean it afterwards, however this ends.
@@ -102,7 +101,8 @@ class SlotSetup:
         await self._host.apply([WriteFile(SlotPaths(slot.path).kept_stamp, json.dumps(stamp).encode())])
 
     async def _run(self, slot: Slot, marks: Mapping[str, str]) -> None:
-        inherited = {name: value for name, value in os.environ.items() if name not in LOCATION_VARIABLES}
+        login = await self._host.login_environment()
+        inherited = {name: value for name, value in login.items() if name not in LOCATION_VARIABLES}
         try:
             done = await self._host.run(
                 self._command,

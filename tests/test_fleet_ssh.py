@@ -49,7 +49,7 @@ async def test_a_lease_on_another_machine(
     manager: PoolManager, box: SshHost, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANAGERS_SECRET", "hidden")
-    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)  # its executions would be counted as the lease's
+    leave_alone(manager, monkeypatch)
     pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
     async with pool.lease(new_branch="agent/x") as slot:
         assert (slot.host_id, str(slot.path)) == ("box", str(tmp_path / "there/web/slots/slot1/tree"))
@@ -80,15 +80,19 @@ _CHANGES = {
 }
 
 
+def leave_alone(manager: PoolManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing else be asked of the host now and then, which would be counted as well."""
+    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)
+    monkeypatch.setattr(host_registry, "_PATIENCE_SECONDS", 3600.0)
+
+
 @pytest.mark.parametrize("change", _CHANGES)
 async def test_how_many_executions_a_cleaning_is(
     manager: PoolManager, box: SshHost, origin: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """What ends the lease and looks at the tree is one, what only git can tell is another, the rest is the last."""
     script, executions = _CHANGES[change]
-    # What else is asked of the host now and then would be counted as well.
-    monkeypatch.setattr(manager._janitor, "note_trash", lambda: None)
-    monkeypatch.setattr(host_registry, "_PATIENCE_SECONDS", 3600.0)
+    leave_alone(manager, monkeypatch)
     pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
     counted = 0
     for _ in range(2):  # the first asks what is known of the commit afterwards
@@ -196,3 +200,37 @@ async def leased(manager: PoolManager) -> LeasedSlot:
     slot = await manager.allocate_slot("web", timeout=30)
     assert slot is not None
     return slot
+
+
+async def test_kept_paths_stay_on_another_machine_and_are_set_up_there(
+    manager: PoolManager, box: SshHost, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_alone(manager, monkeypatch)
+    monkeypatch.setenv("MANAGERS_SECRET", "hidden")
+    setup = ["sh", "-c", "mkdir -p web/cache; echo made >web/cache/lib; echo ${MANAGERS_SECRET-none} >web/cache/secret"]
+    pool = await manager.create_pool(
+        "web", str(origin), num_slots=1, hosts=["box"], keep=["web/cache", "build"], setup=setup, fetch_max_age=3600
+    )
+    tree = tmp_path / "there/web/slots/slot1/tree"
+    async with pool.lease() as slot:
+        assert (tree / "web/cache/lib").read_text() == "made\n"
+        assert (tree / "web/cache/secret").read_text() == "none\n"
+        dirt = "mkdir build; echo x >>README.md; echo >web/new; ln -s / x"
+        await slot.run("sh", "-c", f"echo more >>web/cache/lib; {dirt}")
+    await manager.wait_clean()
+    async with pool.lease() as slot:
+        assert (tree / "web/cache/lib").read_text() == "made\nmore\n"
+        assert (await slot.run("git", "status", "--porcelain")).text == "?? web/\n"
+        assert sorted(os.listdir(tree / "web")) == ["cache"]
+        inode = (tree / "web/cache").stat().st_ino
+        await slot.run("sh", "-c", "echo again >>web/cache/lib; rm -r build; ln -s /tmp build")
+    await manager.wait_clean()
+    assert (await manager.check("web")) == {}
+    async with pool.lease() as slot:
+        assert (tree / "web/cache/lib").read_text() == "made\nmore\nagain\n"
+        assert (tree / "web/cache").stat().st_ino == inode
+        assert not (tree / "build").is_symlink()
+        before = box.exec_count
+    await manager.wait_clean()
+    assert box.exec_count - before == 4  # two of them ask whether the setup is due
+    assert (await manager.get_cleanup_log("workspace-web-slot1"))[-1].steps == ("untouched",)

@@ -43,6 +43,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "mounts": ("core",),
     "trees": ("core", "files", "mounts"),
     "inspection": ("core", "mounts", "trees"),
+    "moves": ("core", "files", "mounts", "trees"),
     "marked": ("core", "processes"),
     "fence": ("core", "boot", "processes", "marked"),
     "watch": ("core", "boot", "processes", "marked", "fence"),

@@ -60,6 +60,7 @@ _CLOCK_PRECISION_NS: Final = 100_000_000
 _OF_THE_CONNECTION: Final = frozenset(
     ("SSH_CLIENT", "SSH_CONNECTION", "SSH_TTY", "SSH_AUTH_SOCK", "SHLVL", "PWD", "OLDPWD", "_", "LC_ALL")
 )
+_TOOLS_TO_MOVE: Final = frozenset(("gnu_find", "gnu_mv", "gnu_tar"))
 _NO_NAMES: Final = frozenset(("", ".", ".."))
 
 
@@ -126,12 +127,16 @@ class RemoteFiles:
         beside: str | None = None,
         only: Inode | None = None,
     ) -> TreeInspection:
-        """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared, nothing is passed over."""
-        if passed_over or known is not None:
+        """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared.
+
+        A host without the GNU tools passes over nothing.
+        """
+        if known is not None:
             raise _not_there(root)
         fresh = temporary(beside or root)
         exact = await self._is_exact()
-        answer = await self._shell.call(lambda tools: _inspection(tools, root, since_ns, fresh, only), "inspection")
+        make = functools.partial(_inspection, root, since_ns, fresh, only=only, passed_over=passed_over)
+        answer = await self._shell.call(make, "inspection")
         return read_inspection(answer, root, fresh, since_ns=since_ns, settled=settled, is_exact=exact)
 
     async def find_unknown(self, root: str, directories: Collection[str], known: Known) -> list[str]:  # noqa: ARG002
@@ -157,10 +162,16 @@ class RemoteFiles:
         return int(answer.require(root))
 
     async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
-        """See `Host.move_directories`; only asked of it where paths are kept, which remote slots do not offer."""
-        if names:
-            raise _not_there(f"{source}, {target}")
-        return ()
+        """See `Host.move_directories`; flags (chattr) are not compared, and without the GNU tools nothing moves."""
+        flags = (await self._shell.tools()).flags if names else frozenset()
+        if not flags >= _TOOLS_TO_MOVE:
+            return ()
+        parents = _by_parent(names)
+        inside = [f"{parent}/{name}".lstrip("/") for parent, entries in parents.items() for name in entries]
+        call = command("move_directories", source, mount_name(source), target, temporary(source), *inside)
+        answer = await self._shell.call(lambda _: call, "moves")
+        moved = {os.fsdecode(name) for name in answer.require(source).split(b"\0")}
+        return tuple(name for name in names if name in moved)
 
     async def measure_entries(self, root: str, names: Sequence[str]) -> list[int | None]:
         """See `Host.measure_entries`."""
@@ -260,14 +271,16 @@ class RemoteFiles:
         return "gnu_find" in (await self._shell.tools()).flags
 
 
-def _inspection(tools: Tools, root: str, since_ns: int | None, fresh: str, only: Inode | None) -> bytes:
+def _inspection(
+    root: str, since_ns: int | None, fresh: str, tools: Tools, *, only: Inode | None, passed_over: Collection[str]
+) -> bytes:
     named = (root, mount_name(root), glob_literal(root))
     if "gnu_find" not in tools.flags:
         return command("inspect_posix", *named, "" if only is None else only.inode)
     # Find asks for later, not for as late or later.
     since = "" if since_ns is None else f"@{(since_ns - 1) // 10**9}.{(since_ns - 1) % 10**9:09d}"
     inode = "" if only is None else f"{only.device} {only.inode}"
-    return command("inspect_gnu", *named, since, deep_pattern(root), fresh, inode)
+    return command("inspect_gnu", *named, since, deep_pattern(root), fresh, inode, *passed_over)
 
 
 @attrs.frozen
@@ -297,9 +310,7 @@ def _ending(place: Place, hidden: bytes, tools: Tools) -> bytes:
 
 
 def _not_there(path: str) -> OSError:
-    return OSError(
-        errno.ENOTSUP, "a host over SSH passes over nothing in a tree, and is not told what belongs there", path
-    )
+    return OSError(errno.ENOTSUP, "a host over SSH is not told what belongs in a tree", path)
 
 
 def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:

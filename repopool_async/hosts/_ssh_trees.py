@@ -112,6 +112,7 @@ class _Reader:
             "multiply_linked": [],
             "unlocked": [],
             "mounts": [],
+            "passed_over": [],
         }
         self._has_root_changed = False
 
@@ -121,7 +122,7 @@ class _Reader:
         if not is_exact:
             self._entries = sum(map(len, (self._found[k] for k in ("changed", "changed_directories", "repositories"))))
             self._has_root_changed = True
-        directories = self._found["changed_directories"]
+        directories = [*self._found["changed_directories"], *self._found.pop("passed_over")]
         candidates = [*(["."] if self._has_root_changed or irregular else []), *directories]
         odd = [name for name in candidates if irregular is None or irregular.is_odd(name)]
         lists: dict[str, Any] = {name: tuple(found) for name, found in self._found.items()}
@@ -140,6 +141,8 @@ class _Reader:
                 self._found["repositories"].append(name)
             case "m":
                 self._found["mounts"].append(rest)
+            case "k":
+                self._found["passed_over"].append(rest)
             case "e":
                 self._note_entry(*rest.split(" ", 3))
         self._entries += 1

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.hosts import sshd
 from tests.hosts.sshd import Keys, Server
 
 CORPUS = for_user(is_root=os.geteuid() == 0)
+OF_KEPT_PATHS = {"links", "kinds", "hard links", "special files", "mounts", "tree"}
 EVERY = 8
 """Of how many vectors, as they stand in their groups, one is for the ordinary run."""
 
@@ -50,15 +51,27 @@ class RemoteBench(Bench):
         subprocess.run(["rm", "-rf", self.directory / "here"], check=False)
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with sshd.asyncssh_server(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+@contextmanager
+def made(keys: Path, **options: Any) -> Iterator[Bench]:
+    with sshd.asyncssh_server(Keys.make(keys)) as server:
         directory = Path(tempfile.mkdtemp(prefix="repopool-"))
         try:
-            yield (bench := RemoteBench(directory, server))
+            yield (bench := RemoteBench(directory, server, **options))
             bench.throw_away_pool()
         finally:
             subprocess.run(["rm", "-rf", directory], check=False)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with made(tmp_path_factory.mktemp("keys")) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with made(tmp_path_factory.mktemp("keys"), keep=["cache", "src/cache"]) as bench:
+        yield bench
 
 
 def named(vectors: list[Vector]) -> list[object]:
@@ -76,6 +89,17 @@ async def require_none(bench: Bench, vector: Vector, then: str) -> None:
 @pytest.mark.parametrize("vector", named(CORPUS[::EVERY]))
 async def test_the_next_lessee_on_a_host_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
     await require_none(bench, vector, "main")
+
+
+@pytest.mark.parametrize("vector", named([vector for vector in CORPUS if vector.group in OF_KEPT_PATHS][::EVERY]))
+async def test_kept_paths_on_a_host_let_nothing_else_through(keeping: Bench, vector: Vector) -> None:
+    await require_none(keeping, vector, "main")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("vector", named(CORPUS))
+async def test_whatever_was_done_around_kept_paths_on_a_host(keeping: Bench, vector: Vector) -> None:
+    await require_none(keeping, vector, "main")
 
 
 @pytest.mark.soak

@@ -886,3 +886,47 @@ class TestWatchdog:
     async def test_a_session_is_no_path(self, host: Host, session: str) -> None:
         with pytest.raises(ValueError, match="session"):
             await host.beat(session)
+
+
+class TestPassingOverAndMoving:
+    async def test_what_is_passed_over_is_not_entered(self, host: Host, tree: Path) -> None:
+        for name in ("kept/sub", "deep/kept[1]", "odd", "other"):
+            (tree / name).mkdir(parents=True)
+        for name in ("kept/file", "deep/kept[1]/file", "other/file", "plain"):
+            (tree / name).touch()
+        os.mkfifo(tree / "kept/fifo")
+        (tree / "kept/.git").mkdir()
+        (tree / "odd").chmod(0o700)
+        names = ("kept", "deep/kept[1]", "odd", "plain", "absent")
+        inspection = await host.inspect_tree(str(tree), since_ns=None, passed_over=names)
+        assert sorted(inspection.changed) == ["other/file", "plain"]
+        assert sorted(inspection.changed_directories) == ["deep", "other"]
+        assert set(inspection.irregular) - {"."} == {"odd"}
+        assert (inspection.special, inspection.repositories) == ((), ())
+
+    async def test_ordinary_directories_move(self, host: Host, tree: Path, tmp_path: Path) -> None:
+        beside = tmp_path / "slot/kept"
+        for name in ("one/sub", "a b/two's", "taken", "private"):
+            (tree / name).mkdir(parents=True)
+        (tree / "one/sub/file").write_text("kept")
+        (tree / "private").chmod(0o700)
+        (tree / "file").touch()
+        (tree / "link").symlink_to(tree / "one")
+        (beside / "taken").mkdir(parents=True)
+        names = ["one", "a b/two's", "taken", "private", "file", "link", "link/sub", "absent", "../outside"]
+        assert await host.move_directories(str(tree), str(beside), names) == ("one", "a b/two's", "private")
+        assert (beside / "one/sub/file").read_text() == "kept"
+        assert names_in(tree) == ["a b", "file", "link", "taken"]
+        assert names_in(beside) == ["a b", "one", "private", "taken"]
+        assert stat.S_IMODE((beside / "private").stat().st_mode) == stat.S_IMODE(tree.stat().st_mode)
+        assert await host.move_directories(str(beside), str(tree), ["one", "a b/two's"]) == ("one", "a b/two's")
+        assert (tree / "one/sub/file").read_text() == "kept"
+        assert await host.move_directories(f"{tmp_path}/absent", str(tree), ["one"]) == ()
+        assert not [name for name in names_in(tmp_path) if name.startswith(".repopool-")]
+
+    async def test_a_directory_that_is_not_as_a_new_one_stays(self, host: Host, tree: Path, tmp_path: Path) -> None:
+        (tree / "marked").mkdir()
+        (tree / "plain").mkdir()
+        os.setxattr(tree / "marked", "user.note", b"x")
+        assert await host.move_directories(str(tree), f"{tmp_path}/kept", ["marked", "plain"]) == ("plain",)
+        assert names_in(tree) == ["marked"]

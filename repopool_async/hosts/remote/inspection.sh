@@ -1,24 +1,30 @@
 # One pass of GNU find, one record an entry, ended by NUL: empty for what there is nothing to say of, `e` for what changed
-# or is special, `g` for a .git, `u` for a directory that was opened up, `m` for a mount. Then `s` and find's status, then
-# an archive without contents of a new directory beside the root, the root, and the directories that changed: it tells
-# modes, owners, attributes and access lists. Names are cut where nobody could use them; a directory many levels down is
-# always told of, so that the caller sees which are. ROOT ESCAPED GLOB SINCE DEEP FRESH INODE, if it has to be that one
+# or is special, `k` for what is passed over, `g` for a .git, `u` for a directory that was opened up, `m` for a mount. Then
+# `s` and find's status, then an archive without contents of a new directory beside the root, the root, what was passed
+# over, and the directories that changed: it tells modes, owners, attributes and access lists. Names are cut where nobody
+# could use them; a directory many levels down is always told of, so that the caller sees which are.
+# ROOT ESCAPED GLOB SINCE DEEP FRESH INODE, if it has to be that one, and NAME... of directories that are passed over
 inspect_gnu() {
     require_directory "$1" || return
     [ -z "$7" ] || [ "$7" = "$(find "$1" -maxdepth 0 -printf '%D %i')" ] || refuse "$1" 'Stale file handle' || return
     find_mounts "$1" "$2" || return
     root=$1 glob=$3 since=${4:+-newerct $4} deep=$5 fresh=$6
-    set -- -false
+    shift 7
+    tell_mounts_inside "$@"
+    for name; do
+        shift
+        set -- "$@" -type d -path "$glob/$(as_pattern "$name")" -printf 'k %P\0' -fprintf "$fresh.changed" '%p\0' -prune -o
+    done
     while IFS= read -r mount; do
         case $mount in '' | .) continue;; esac
-        set -- "$@" -o -path "$glob/$(printf %s "$mount" | sed 's/[][*?\\]/\\&/g')"
+        set -- -path "$glob/$(as_pattern "$mount")" -printf 'm %P\0' -prune -o "$@"
     done <<EOF
 $mounts
 EOF
     mkdir -- "$fresh" && printf '%s\0' "$fresh" "$root" >"$fresh.names" || return
     # shellcheck disable=SC2086 # two words, or none
     find "$root" -ignore_readdir_race -xdev -regextype posix-extended \
-        '(' "$@" ')' -printf 'm %P\0' -prune -o \
+        "$@" \
         -name .git ! -path "$glob" -printf 'g %d %.4352P\0' -prune -o \
         -type d '(' \
             ! -perm -u=rwx -execdir chmod u+rwx '{}' ';' -printf 'u %.4352P\0' -false -o \
@@ -37,6 +43,17 @@ EOF
     fi
     rm -f -- "$fresh.names" "$fresh.changed"
     rmdir -- "$fresh"
+}
+
+as_pattern() { printf %s "$1" | sed 's/[][*?\\]/\\&/g'; }
+
+# NAME... of directories that are not entered
+tell_mounts_inside() {
+    while IFS= read -r mount; do
+        for name; do case $mount in "$name"/*) printf 'm %s\0' "$mount";; esac; done
+    done <<EOF
+$mounts
+EOF
 }
 
 # The same with what POSIX has, where every entry counts as changed. ROOT ESCAPED GLOB INODE
