@@ -8,8 +8,8 @@ Who waits for slots is not its business; it only says that something changed.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Final
 
@@ -125,7 +125,7 @@ class SlotKeeper:
         """
         try:
             async with self._pool.at_work(slot):
-                slot, left = await self._leave(hold, looks=looks)
+                slot, left = await self._leave(hold, looks_at=slot if looks else None)
                 with upkeep(guard_of(slot)):
                     slot, result = await self._do(hold, slot, work, left)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
@@ -152,11 +152,11 @@ class SlotKeeper:
                 self._holds.pop(slot.slot_id)
             self._pool.changed.set()
 
-    async def _leave(self, hold: Hold, *, looks: bool) -> tuple[Slot, Left | None]:
+    async def _leave(self, hold: Hold, *, looks_at: Slot | None = None) -> tuple[Slot, Left | None]:
         parts = self._pool.parts.of(hold.slot)
-        if not looks:
+        if looks_at is None:
             return await leave(parts.host, self._pool.parts.coordinator, hold), None
-        ending = await parts.cleaner.ending(hold.slot)
+        ending = await parts.cleaner.ending(looks_at)
         return await leave_and(parts.host, self._pool.parts.coordinator, hold, ending)
 
     async def _do(self, hold: Hold, slot: Slot, work: _Work, left: Left | None) -> tuple[Slot, CleanupResult]:
@@ -341,7 +341,7 @@ class SlotKeeper:
             return []
         problems: list[str] = []
         try:
-            problems += await self._cleaner(hold.slot).verify_slot_integrity(hold.slot)
+            problems += await self._verify(hold.slot)
             if problems:
                 await self._pool.parts.coordinator.update(hold, attrs.evolve(hold.slot, state=SlotState.CLEANING))
                 await self._repair(hold)
@@ -350,6 +350,14 @@ class SlotKeeper:
         finally:
             await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"check-{slot_id}")
         return problems
+
+    async def _verify(self, slot: Slot) -> Sequence[str]:
+        """Look at a free slot as whoever cleaned it last; one that nobody had yet has no fence."""
+        with upkeep(guard_of(slot)) if slot.token else nullcontext():
+            try:
+                return await self._cleaner(slot).verify_slot_integrity(slot)
+            except FencedError as error:  # somebody was there of whom the records do not tell, or the host was rebooted
+                return [str(error)]
 
     async def drain(self) -> None:
         """Make the trees of all unleased slots anew."""
@@ -417,11 +425,21 @@ class SlotKeeper:
     async def _save_and_remove(self, hold: Hold) -> None:
         """Delete a held slot, once what a lessee that ended badly left there is saved; the saver may have died."""
         try:
-            await self._save_work(hold, hold.slot, self._making_anew(hold.slot))
+            slot = await self._left(hold)
+            with upkeep(guard_of(slot)):
+                await self._save_work(hold, slot, self._making_anew(slot))
         except BaseException:
             await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"abandon-{hold.slot.slot_id}")
             raise
-        await self._remove_held(hold)
+        with upkeep(guard_of(slot)):
+            await self._remove_held(hold)
+
+    async def _left(self, hold: Hold) -> Slot:
+        """Leave a held slot on its host, where that answers; what lies on another is deleted when it does."""
+        if not self._pool.hosts.is_out(hold.slot.host_id):
+            with suppress(HostUnreachableError):
+                return (await self._leave(hold))[0]
+        return hold.slot
 
     async def _remove_held(self, hold: Hold) -> None:
         slot_id = hold.slot.slot_id
@@ -460,7 +478,9 @@ class SlotKeeper:
                 continue
             try:
                 if not self._is_due(hold.slot.unsaved):
-                    await self._pool.parts.of(slot).host.remove_tree(slot.path)
+                    left, _ = await self._leave(hold)
+                    with upkeep(guard_of(left)):
+                        await self._pool.parts.of(slot).host.remove_tree(slot.path)
                     dropped.append(slot.slot_id)
             finally:
                 await shielded(self._pool.parts.coordinator.abandon_hold(hold), name=f"drop-{slot.slot_id}")

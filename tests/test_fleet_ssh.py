@@ -1,5 +1,6 @@
 """A pool on a host over SSH, through asyncssh's own server: the same promises, and how many executions a lease is."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from repopool_async import (
+    CleanupError,
     CommandFailedError,
     FencedError,
+    Guard,
     HostSpec,
     LeasedSlot,
     LeaseLostError,
@@ -20,15 +23,24 @@ from repopool_async import (
     SshHost,
     host_registry,
 )
+from repopool_async.hosts._proc import read
+from repopool_async.hosts._scripts import fence_mark
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
 from tests.hosts.sshd import Keys, Server
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with sshd.asyncssh_server(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+@pytest.fixture(scope="module", params=["asyncssh"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if request.param == "openssh" and not os.path.exists(sshd.SSHD):
+        assert "REPOPOOL_CI" not in os.environ, "the checks install openssh-server"
+        pytest.skip("there is no OpenSSH sshd on this machine")
+    serve = {"asyncssh": sshd.asyncssh_server, "openssh": sshd.openssh_server}[request.param]
+    with serve(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
         yield server
+
+
+on_both = pytest.mark.parametrize("server", ["asyncssh", "openssh"], indirect=True)
 
 
 @pytest.fixture
@@ -86,6 +98,7 @@ def leave_alone(manager: PoolManager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_registry, "_PATIENCE_SECONDS", 3600.0)
 
 
+@on_both
 @pytest.mark.parametrize("change", _CHANGES)
 async def test_how_many_executions_a_cleaning_is(
     manager: PoolManager, box: SshHost, origin: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -167,6 +180,7 @@ async def test_a_cleaning_goes_no_further_once_its_slot_was_taken_over(
             assert slot.token > 6
 
 
+@on_both
 @pytest.mark.parametrize(("left_on", "brought_to"), [("box", "box"), ("box", "local"), ("local", "box")])
 async def test_saved_work_is_brought_back_on_whichever_host(
     manager: PoolManager, origin: Path, left_on: str, brought_to: str
@@ -202,6 +216,7 @@ async def leased(manager: PoolManager) -> LeasedSlot:
     return slot
 
 
+@on_both
 async def test_kept_paths_stay_on_another_machine_and_are_set_up_there(
     manager: PoolManager, box: SshHost, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,3 +249,57 @@ async def test_kept_paths_stay_on_another_machine_and_are_set_up_there(
     await manager.wait_clean()
     assert box.exec_count - before == 4  # two of them ask whether the setup is due
     assert (await manager.get_cleanup_log("workspace-web-slot1"))[-1].steps == ("untouched",)
+
+
+async def stray(box: SshHost, directory: str, token: int, scratch: Path) -> int:
+    """Have a process run in a slot under a token of which no record tells; returns its pid."""
+    await box.enter(directory, token, None)
+    guard = Guard(directory, token)
+    script = f"setsid sleep 300 >/dev/null 2>&1 & echo $! >{scratch}/pid"
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", script), env={**os.environ, **dict([fence_mark(guard).split("=")])}
+    )
+    await process.wait()
+    return int((scratch / "pid").read_text())
+
+
+def is_running(pid: int) -> bool:
+    return b"sleep" in read(f"/proc/{pid}/cmdline")
+
+
+async def test_dropping_and_removing_ends_who_the_records_do_not_know(
+    box: SshHost, origin: Path, tmp_path: Path
+) -> None:
+    def reject(slot: Slot) -> None:
+        if slot.allocation_count:
+            raise CleanupError("not to my liking")
+
+    spec = HostSpec("box", workspaces_dir=str(tmp_path / "there"), host=box)
+    config = PoolConfig(tmp_path / "here", janitor_interval=3600)
+    async with PoolManager(config, hosts=[spec], reset=reject) as manager:
+        pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"])
+        async with pool.lease() as slot:
+            directory = str(slot.path.parent)
+        await manager.wait_clean()
+        pid = await stray(box, directory, 100, tmp_path)
+        assert await pool.keeper.drop_quarantined_trees() == ["workspace-web-slot1"]
+        assert not is_running(pid)
+        assert sorted(os.listdir(directory)) == ["fence", "pristine", "run"]
+        pid = await stray(box, directory, 200, tmp_path)
+        await manager.remove_slot("workspace-web-slot1")
+        assert not is_running(pid)
+        assert not os.path.exists(directory)
+
+
+async def test_a_check_goes_by_the_hosts_word(manager: PoolManager, box: SshHost, origin: Path, tmp_path: Path) -> None:
+    pool = await manager.create_pool("web", str(origin), num_slots=2, hosts=["box"], fetch_max_age=3600)
+    async with pool.lease() as slot:
+        slot_id, directory = slot.slot_id, str(slot.path.parent)
+    await manager.wait_clean()
+    assert await manager.check("web") == {}  # the other slot has no fence yet
+    pid = await stray(box, directory, 100, tmp_path)
+    problems = await manager.check("web")
+    assert list(problems) == [slot_id]
+    assert "token 100 has entered since" in problems[slot_id][0]
+    assert not is_running(pid)
+    assert await manager.check("web") == {}
