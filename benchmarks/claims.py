@@ -37,6 +37,7 @@ from repopool_async.slot_allocator import available
 from repopool_async.slot_store import SlotStore
 
 CONNECTIONS = 16
+WARM_UP_SECONDS = 2.0
 COMMIT = "a" * 40
 SEAL = Seal(
     commit=COMMIT, branch="main", refs_generation="1", boot_id=boot_id(), mark_ns=1, settled_ns=1,
@@ -142,7 +143,7 @@ async def run_all(dsn: str, *, seconds: float, rounds: int, clients: list[int]) 
     """Measure all engines with each number of clients, in turn, several times."""
     runs: list[Run] = []
     name = f"bench-{uuid.uuid4().hex[:8]}"
-    slots = 2 * max(clients)
+    slots = 2 * max(*clients, 4 * CONNECTIONS)
     with tempfile.TemporaryDirectory(prefix="repopool-claims-") as directory:
         store = SlotStore(directory)
         files = FileCoordinator(store, LockManager(store.locks_directory))
@@ -158,6 +159,8 @@ async def run_all(dsn: str, *, seconds: float, rounds: int, clients: list[int]) 
                     "bare SQL": (claiming_barely(bare), postgres_cpu_seconds),
                     "files": (claiming(files, name), lambda: 0.0),
                 }
+                for claim, cpu in engines.values():  # each connection is dear until its plans are made
+                    await measure("", claim, clients=4 * CONNECTIONS, seconds=WARM_UP_SECONDS, server_cpu=cpu)
                 for _ in range(rounds):
                     for count in clients:
                         for engine, (claim, cpu) in engines.items():

@@ -34,7 +34,7 @@ from repopool_async.exceptions import (
     TooManyRequestsError,
     UnkillableError,
 )
-from repopool_async.fencing import enter, guard_of
+from repopool_async.fencing import UntoldLeaseError, enter_sealed, guard_of
 from repopool_async.hosts.upkeep import upkeep
 from repopool_async.mirror import Mirror
 from repopool_async.models import ResolvedRef, Slot, SlotState
@@ -148,6 +148,7 @@ class Acquirer:
                 if not self._is_worth_another_slot(error, grant.slot):
                     raise
                 attempt.priority = attempt.retry_priority  # the lessee never sees a bad slot, nor queues again for it
+                attempt.waits_for_cleaning |= isinstance(error, UntoldLeaseError)  # it is free, once it is clean
             else:
                 return opened
 
@@ -306,7 +307,8 @@ class Acquirer:
         self._pool.hosts.require_usable(grant.slot.host_id)  # it may have changed since the ticket was drawn
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
-            grant.slot = await enter(parts.host, self._pool.parts.coordinator, grant, self._session(attempt, parts))
+            session = self._session(attempt, parts)
+            grant.slot = await enter_sealed(parts.host, self._pool.parts.coordinator, grant, session)
             if attempt.seen is not None and attempt.resolved_by is not parts.mirror:
                 await parts.mirror.catch_up(attempt.seen, resolved)
             with upkeep(guard_of(grant.slot)):

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from repopool_async.coordination.base import Coordinator, Hold
+from repopool_async.coordination.base import Coordinator, Grant, Hold
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import CleanupError, FencedError
 from repopool_async.hosts.base import Guard, Host
@@ -22,6 +22,10 @@ T = TypeVar("T")
 
 _INCREDIBLE: Final = 10**16
 """Far below the first token that has no name in a fence, which is 10 to the 17th."""
+
+
+class UntoldLeaseError(CleanupError):
+    """A slot was leased since its record was written: what has lost that says nothing true of its tree."""
 
 
 @contextmanager
@@ -48,6 +52,24 @@ def _require_credible(hold: Hold, error: FencedError) -> None:
 def slot_directory(slot: Slot) -> str:
     """Return where a slot's fence lies: beside its tree."""
     return slot.path.rpartition("/")[0]
+
+
+async def enter_sealed(host: Host, coordinator: Coordinator, grant: Grant, session: str | None) -> Slot:
+    """Enter a slot that was leased as a clean one; else as `enter`.
+
+    Raises:
+        UntoldLeaseError: the host knows a higher token. Whoever that was given has lost the lease, but not the work
+        that may lie in the tree: the slot is to be recovered, though nothing runs there any more.
+    """
+    token = grant.token
+    slot = await enter(host, coordinator, grant, session)
+    if grant.token != token:
+        raise UntoldLeaseError(
+            f"{slot.slot_id}: the records have lost its last lease, so it is recovered; nothing needs to be done",
+            slot_id=slot.slot_id,
+            repo_name=slot.repo_name,
+        )
+    return slot
 
 
 def guard_of(slot: Slot) -> Guard:

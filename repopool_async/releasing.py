@@ -24,6 +24,7 @@ from repopool_async.exceptions import (
     StoreError,
     UnkillableError,
 )
+from repopool_async.fencing import UntoldLeaseError
 from repopool_async.lease import LeasedSlot
 from repopool_async.models import LeaseEnd, Slot, SlotState
 from repopool_async.open_leases import OpenLease, OpenLeases, describe_holder
@@ -134,20 +135,28 @@ class Releaser:
             error.add_note(f"while giving back {opened.leased.slot_id}: {failure}")
 
     async def take_back(self, grant: Grant, error: BaseException) -> None:
-        """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it."""
+        """Undo a claim that did not become a lease: quarantine the slot where it is to blame, else clean it.
+
+        Where a lease before it was lost, its work is saved as a dead owner's is, under the claim's own lease.
+        """
         if isinstance(error, LeaseLostError):
             return
-        if isinstance(error, CleanupError | UnkillableError) and not is_passing(error):
+        is_untold = isinstance(error, UntoldLeaseError)
+        if not is_untold and isinstance(error, CleanupError | UnkillableError) and not is_passing(error):
             await self._keeper.quarantine(grant, grant.slot, error)
             return
         try:
             async with asyncio.timeout(_TAKE_BACK_SECONDS):
+                if is_untold:
+                    _log.warning("%s", error)
+                    untold = attrs.evolve(grant.slot, token=grant.token, unsaved=LeaseEnd.CRASHED)
+                    grant.slot = await self._pool.parts.coordinator.update(grant, untold)
                 slot = await self._begin_return(grant)
         except (TimeoutError, CoordinatorUnavailableError) as failure:
             _log.warning("%s: left to recovery: %s", grant.slot.slot_id, str(failure) or "no answer in time")
             await self._pool.parts.coordinator.abandon_hold(grant)
             return
-        self._keeper.clean_later(grant, slot)
+        (self._keeper.recover_later if is_untold else self._keeper.clean_later)(grant, slot)
 
     async def cut_off(self, opened: OpenLease) -> None:
         """End a lease without cleaning its slot, which is left to recovery; a detached lease goes on."""

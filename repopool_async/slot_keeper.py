@@ -97,6 +97,10 @@ class SlotKeeper:
 
         self._settle_later(hold, slot, clean, looks=not self._is_due(slot.unsaved))  # what is to be saved comes first
 
+    def recover_later(self, hold: Hold, slot: Slot) -> None:
+        """Clean a held slot whose owner died, or was lost, in the background; its work is saved first."""
+        self._settle_later(hold, slot, lambda checkout, _: self._cleaner(slot).recover(slot, checkout))
+
     def clean_when_wanted(self, hold: Hold, slot: Slot) -> None:
         """Keep a held slot as it was given back until somebody waits for a slot (`clean_on_release: false`)."""
         if self._target is not None:
@@ -543,11 +547,8 @@ class SlotKeeper:
                 self._pool.parts.emit(
                     "slot.recovered", {"slot_id": orphan.slot_id, "lease": orphan.lease and orphan.lease.lease_id}
                 )
-                self._recover_later(hold, hold.slot)
+                self.recover_later(hold, hold.slot)
         return recovered
-
-    def _recover_later(self, hold: Hold, slot: Slot) -> None:
-        self._settle_later(hold, slot, lambda checkout, _: self._cleaner(slot).recover(slot, checkout))
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         _log.error("%s: background task %s failed", self._pool.name, name, exc_info=error)

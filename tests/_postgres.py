@@ -114,6 +114,14 @@ class Server:
         run_unprivileged("cp", "-a", str(self.data), str(other.data), cwd=other.directory)
         return other
 
+    def standby(self) -> "Server":
+        """Return another, stopped server that follows this one, which must be stopped, once both run."""
+        other = self.copy()
+        with (other.data / "postgresql.auto.conf").open("a") as settings:
+            settings.write(f"primary_conninfo = 'host=127.0.0.1 port={self.port} user=postgres'\n")
+        (other.data / "standby.signal").touch()
+        return other
+
     def dsn(self, database: str, *, port: int | None = None, user: str = "repopool") -> str:
         return f"postgresql://{user}@127.0.0.1:{port or self.port}/{database}"
 
@@ -167,6 +175,29 @@ class Server:
             yield connection
         finally:
             await connection.close()
+
+
+async def caught_up(standby: Server, primary: Server) -> None:
+    """Wait until a standby has everything that its primary has by now."""
+    async with primary.admin() as connection, standby.admin() as there:
+        position = await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text")
+        await connection.execute("CHECKPOINT")  # so that it is written, commits that nobody waited for included
+        query = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+        await eventually(lambda: there.fetchval(query, position), 30)
+
+
+async def cut_off(standby: Server) -> None:
+    """Have a standby receive nothing more of what its primary commits."""
+    async with standby.admin() as connection:
+        await connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        await connection.execute("SELECT pg_reload_conf()")
+        await eventually(lambda: connection.fetchval("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)"), 30)
+
+
+async def promote(standby: Server) -> None:
+    """Make a standby the primary."""
+    async with standby.admin() as connection:
+        assert await connection.fetchval("SELECT pg_promote()")
 
 
 class Proxy:
@@ -239,11 +270,11 @@ class Proxy:
 
 
 @asynccontextmanager
-async def pgbouncer(server_port: int, database: str) -> AsyncIterator[int]:
+async def pgbouncer(server_port: int, database: str, *, port: int | None = None) -> AsyncIterator[int]:
     """Run a pgbouncer in transaction mode before a server, and give its port."""
     program = require("pgbouncer", "pgbouncer")
     directory = own_directory("repopool-bouncer-")
-    port = free_port()
+    port = port or free_port()
     (directory / "users").write_text('"repopool" ""\n')
     settings = {
         "listen_addr": "127.0.0.1",

@@ -151,15 +151,19 @@ async def test_a_commit_that_no_branch_has_is_brought_to_the_host_that_needs_it(
 # -- the fence ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_slot_whose_records_lost_its_last_lease_is_given_a_token_above_it(
+async def test_a_slot_whose_records_lost_its_last_lease_is_recovered_before_anybody_gets_it(
     manager: PoolManager, origin: Path, tmp_path: Path
 ) -> None:
     pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["a"])
     (tmp_path / "a/web/slots/slot1/run").mkdir(parents=True)
     (tmp_path / "a/web/slots/slot1/fence/00000000000000000041").mkdir(parents=True)
-    async with pool.lease() as slot:
-        assert slot.token == 42
-        assert (await slot.run("true")).exit_code == 0
+    (tmp_path / "a/web/slots/slot1/tree/work").write_text("of whoever had token 41")
+    async with pool.lease(timeout=0) as slot:
+        assert slot.token == 43
+        assert (await slot.run("git", "status", "--short")).text == ""
+        (salvage,) = await manager.list_salvage("web")
+        await manager.restore_salvage(salvage.salvage_id, slot)
+        assert (slot.path / "work").read_text() == "of whoever had token 41"
 
 
 async def test_commands_of_a_lease_are_refused_once_its_slot_is_being_cleaned(

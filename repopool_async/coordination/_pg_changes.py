@@ -10,7 +10,7 @@ from typing import Final
 
 import attrs
 
-from repopool_async.coordination._pg_database import Connection
+from repopool_async.coordination._pg_connections import Connection
 from repopool_async.coordination._pg_debts import Debt
 from repopool_async.coordination._pg_link import Link
 from repopool_async.coordination._pg_rows import LOOK, Row, encoded, seal_of, state_of

@@ -6,18 +6,17 @@ statements mean is not known here; retrying is the callers' business.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from repopool_async._aio import TaskSet, shielded
+from repopool_async.coordination._pg_connections import Connection, Connections
 from repopool_async.coordination._pg_debts import Debt, Debts
 from repopool_async.coordination._pg_errors import SessionExpiredError, shown, translated
 from repopool_async.exceptions import CoordinatorUnavailableError, PoolManagerError, StoreError
 
 T = TypeVar("T")
-Connection = Any
-"""An asyncpg connection; asyncpg comes without types."""
 
 CALL_SECONDS: Final = 10.0
 """How long one call may take, waiting for a connection included."""
@@ -41,7 +40,7 @@ class Database:
         self.is_pooled = False
         self._dsn = dsn
         self._max_connections = max_connections
-        self._pool: Any = None
+        self._connections: Connections | None = None
         self.debts: Debts
         self._calls = TaskSet("database", on_error=lambda _name, _error: None)  # their callers are told
 
@@ -62,13 +61,11 @@ class Database:
                     connection.terminate()
             self.debts = Debts(self._pay)
             self.debts.start()
-            self._pool = await _asyncpg().create_pool(
-                connect=lambda *_, **__: self.connect(), min_size=0, max_size=self._max_connections, reset=_nothing
-            )
+            self._connections = Connections(self.connect, limit=self._max_connections)
 
     async def connect(self, dsn: str | None = None) -> Connection:
         """Return a connection outside the pool, to a primary; the caller bounds the time."""
-        is_pooled = dsn is None and (self._pool is None or self.is_pooled)
+        is_pooled = dsn is None and (self._connections is None or self.is_pooled)
         return await _asyncpg().connect(
             dsn or self._dsn,
             timeout=self.call_seconds,
@@ -78,9 +75,9 @@ class Database:
 
     async def close(self) -> None:
         """Drop every connection at once; calls under way fail."""
-        if self._pool is not None:
+        if self._connections is not None:
             await self.debts.stop()
-            self._pool.terminate()
+            self._connections.terminate()
         await self._calls.cancel()
 
     async def call(self, what: str, work: Callable[[Connection], Awaitable[T]], *, debt: Debt | None = None) -> T:
@@ -133,24 +130,19 @@ class Database:
         await self.execute("give back", debt.statement, *debt.arguments)
 
     async def _bounded(self, what: str, work: Callable[[Connection], Awaitable[T]]) -> T:
-        with translated(self.where, what):
-            async with asyncio.timeout(self.call_seconds), self._connection() as connection:
-                return await work(connection)
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        if self._pool is None:
+        if self._connections is None:
             raise StoreError(f"the database {self.where} is not open; open the coordinator first")
-        connection = await self._pool.acquire()
-        try:
-            yield connection
-        except BaseException as error:
-            if not _is_refusal(error) and not isinstance(error, PoolManagerError):
-                connection.terminate()  # what is under way on it is unknown, and to ask would take time
-            raise
-        finally:
-            with suppress(Exception):  # of a connection that is gone already
-                await self._pool.release(connection)
+        with translated(self.where, what):
+            async with asyncio.timeout(self.call_seconds):
+                connection = await self._connections.take()
+                try:
+                    return await work(connection)
+                except BaseException as error:
+                    if not _is_refusal(error) and not isinstance(error, PoolManagerError):
+                        connection.terminate()  # what is under way on it is unknown, and to ask would take time
+                    raise
+                finally:
+                    self._connections.put(connection)
 
 
 def _has_answer(task: "asyncio.Task[Any]") -> bool:
@@ -170,10 +162,6 @@ def _was_refused(task: "asyncio.Task[Any]") -> bool:
 def _is_refusal(error: BaseException) -> bool:
     """Return whether a server told, in good order, that a statement failed; its connection is as good as before."""
     return isinstance(getattr(error, "sqlstate", None), str) and not str(error.sqlstate).startswith(("08", "57"))  # type: ignore[attr-defined]
-
-
-async def _nothing(_connection: Connection) -> None:
-    """Reset a connection: ours keep no state, and the usual reset is a round trip more per call."""
 
 
 def _asyncpg() -> Any:

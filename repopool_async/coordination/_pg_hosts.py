@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Final
 
-from repopool_async.coordination._pg_database import Connection
+from repopool_async.coordination._pg_connections import Connection
 from repopool_async.coordination._pg_link import Link
 from repopool_async.exceptions import StoreError
 from repopool_async.shared_state import Place

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import attrs
 
-from repopool_async.coordination._pg_database import Connection, Database
+from repopool_async.coordination._pg_connections import Connection
+from repopool_async.coordination._pg_database import Database
 from repopool_async.exceptions import StoreError
 
 OLDEST_SERVER: Final = 14

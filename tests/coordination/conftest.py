@@ -215,7 +215,11 @@ class Fleet:
     stack: AsyncExitStack
 
     def config(self, number: int, **options: Any) -> PoolConfig:
-        coordination = Coordination(dsn=options.pop("dsn", self.dsn), session_ttl=options.pop("ttl", TTL))
+        coordination = Coordination(
+            dsn=options.pop("dsn", self.dsn),
+            listen_dsn=options.pop("listen_dsn", None),
+            session_ttl=options.pop("ttl", TTL),
+        )
         options = {"janitor_interval": 3600, "close_timeout": 5, **options}
         return PoolConfig(self.directory / f"manager{number}", coordination=coordination, **options)
 

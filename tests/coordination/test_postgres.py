@@ -12,6 +12,7 @@ import asyncpg
 import attrs
 import pytest
 
+from repopool_async import _clock
 from repopool_async.coordination import _pg_session, _pg_spread
 from repopool_async.coordination._pg_errors import SessionExpiredError, translated
 from repopool_async.coordination.base import Grant, Want
@@ -301,6 +302,22 @@ async def test_what_a_reaped_session_held_is_an_orphan_and_its_process_begins_an
         await claimed(coordinator)
     await eventually(lambda: asyncio.sleep(0, [kind for kind, _ in events] == ["session.lost"]))
     await insist(lambda: claimed(coordinator))
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="no clock here counts while the machine sleeps")
+async def test_a_machine_that_slept_leases_nothing_new_before_it_is_known_to_be_alive(
+    postgres: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _clock._BOOT_CLOCK == time.CLOCK_BOOTTIME, "no other clock went on meanwhile"
+    coordinator = await postgres.pool(2)
+    grant = await claimed(coordinator)
+    monkeypatch.setattr(_pg_session, "boottime", lambda: _clock.boottime() + 3600.0)
+    await age_session(postgres, coordinator)
+    with pytest.raises(CoordinatorUnavailableError, match="nothing new is leased"):
+        await claimed(coordinator)
+    coordinator._link.session.check_now()  # the next beat, which would be due in seconds
+    await insist(lambda: claimed(coordinator))
+    assert await coordinator.is_held(grant), "nobody was awake to take it for dead"
 
 
 async def test_who_was_cut_off_itself_takes_nobody_for_dead(postgres: PostgresPlace) -> None:
