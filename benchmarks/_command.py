@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import attrs
 
 from benchmarks._measure import FULL, SMOKE, Scale, Tell
 from benchmarks._report import Report, progress, publish
+from tests._scratch import scratch
 
 
 @attrs.frozen
@@ -27,9 +27,8 @@ class Program:
 
     def run(self, scale: Scale) -> Report:
         """Measure, showing how far it is."""
-        scratch = tempfile.TemporaryDirectory(prefix="repopool-benchmark-")
-        with scratch as directory, progress(self.title, self.steps(scale)) as tell:
-            return asyncio.run(self.measure(scale, Path(directory), tell))
+        with scratch("repopool-benchmark-") as directory, progress(self.title, self.steps(scale)) as tell:
+            return asyncio.run(self.measure(scale, directory, tell))
 
 
 def run_from_command_line(explanation: str | None, programs: Sequence[Program]) -> int:

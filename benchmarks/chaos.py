@@ -18,7 +18,6 @@ not.
 
 import argparse
 import random
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from benchmarks._findings import Findings, add
 from benchmarks._named_steps import named_steps
 from benchmarks._random_kills import RandomKills
 from benchmarks._report import describe_ms, print_table, write_json
+from tests._scratch import scratch
 
 
 def main() -> int:
@@ -41,8 +41,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="repopool-chaos-", ignore_cleanup_errors=True) as directory:
-        done, at_steps = measure(Path(directory), options)
+    with scratch("repopool-chaos-") as directory:
+        done, at_steps = measure(directory, options)
     return report(options, done, at_steps, time.monotonic() - started)
 
 

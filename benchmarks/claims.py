@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -35,6 +34,7 @@ from repopool_async.models import Pool, Seal, Slot, make_slot_id
 from repopool_async.shared_state import PoolRecords
 from repopool_async.slot_allocator import available
 from repopool_async.slot_store import SlotStore
+from tests._scratch import scratch
 
 CONNECTIONS = 16
 WARM_UP_SECONDS = 2.0
@@ -144,7 +144,7 @@ async def run_all(dsn: str, *, seconds: float, rounds: int, clients: list[int]) 
     runs: list[Run] = []
     name = f"bench-{uuid.uuid4().hex[:8]}"
     slots = 2 * max(*clients, 4 * CONNECTIONS)
-    with tempfile.TemporaryDirectory(prefix="repopool-claims-") as directory:
+    with scratch("repopool-claims-") as directory:
         store = SlotStore(directory)
         files = FileCoordinator(store, LockManager(store.locks_directory))
         async with (

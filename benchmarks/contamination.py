@@ -11,16 +11,15 @@ import argparse
 import asyncio
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks._report import write_json
+from tests._scratch import scratch
 from tests.contamination.corpus import Vector, for_user
 from tests.contamination.kit import NotPossibleError
 from tests.contamination.recipes import WorktreeBench, clean_and_reset, clone_again, like_actions_checkout
@@ -60,16 +59,12 @@ def play(player: Player, vector: Vector) -> list[str] | None:
 
 def measure(vectors: Sequence[Vector]) -> dict[str, dict[str, list[str] | None]]:
     """Let everybody play every vector; return what leaked, by player and vector."""
-    directory = Path(tempfile.mkdtemp(prefix="repopool-"))
-    try:
+    with scratch() as directory:
         found: dict[str, dict[str, list[str] | None]] = {}
         for name, player in players(directory).items():
             print(f"{name} ...", file=sys.stderr, flush=True)
             found[name] = {vector.name: play(player, vector) for vector in vectors}
         return found
-    finally:
-        subprocess.run(["rm", "-rf", directory], check=False, stderr=subprocess.DEVNULL)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def table(vectors: Sequence[Vector], found: dict[str, dict[str, list[str] | None]]) -> str:

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from benchmarks._report import describe_ms, print_table, write_json
 from repopool_async import PoolConfig, PoolManager, PoolTimeoutError
 from repopool_async._process import run_process
+from tests._scratch import scratch
 
 
 async def work(directory: str, url: str, *, slots: int, seconds: float) -> dict[str, Any]:
@@ -83,9 +83,9 @@ async def measure(*, url: str, directory: str, seconds: float, processes: int, s
     }  # fmt: skip
 
 
-def make_repository(directory: str) -> str:
+def make_repository(directory: Path) -> str:
     """Make a small repository with the commands of git itself and return its path."""
-    path = Path(directory) / "origin"
+    path = directory / "origin"
     path.mkdir()
     (path / "README").write_text("a repository\n")
     who = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
@@ -105,11 +105,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--slots", type=int, default=4)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="repopool-contention-") as directory:
+    with scratch("repopool-contention-") as place:
         done = asyncio.run(
             measure(
-                url=make_repository(directory),
-                directory=f"{directory}/pools",
+                url=make_repository(place),
+                directory=f"{place}/pools",
                 seconds=options.seconds,
                 processes=options.processes,
                 slots=options.slots,

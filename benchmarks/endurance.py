@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks._report import print_table, write_json
+from tests._scratch import scratch
 
 _ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def marked_files() -> list[str]:
 def run_once(select: str) -> tuple[float, "subprocess.CompletedProcess[str]"]:
     """Run the tests once, in a random order, with temporary files of their own; return the seconds it took as well."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="repopool-endurance-", ignore_cleanup_errors=True) as directory:
+    with scratch("repopool-endurance-") as directory:
         argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", select]
         argv += ["--basetemp", f"{directory}/tests", *marked_files()]
         done = subprocess.run(argv, cwd=_ROOT, capture_output=True, text=True, check=False)

@@ -20,7 +20,6 @@ import json
 import random
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, AsyncExitStack
@@ -36,6 +35,7 @@ from benchmarks._report import print_table, write_json
 from repopool_async import HostSpec, PoolConfig, PoolManager, SlotState
 from repopool_async.config_coordination import Coordination
 from tests._postgres import Proxy, Server
+from tests._scratch import scratch
 from tests.hosts import sshd
 from tests.hosts.proxy import Proxy as SshProxy
 from tests.hosts.proxy import proxy as ssh_proxy
@@ -286,11 +286,11 @@ def main() -> int:
     parser.add_argument("--unchecked", action="store_true", help="let hosts check nothing, which must be found out")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="repopool-fleet-chaos-", ignore_cleanup_errors=True) as directory:
-        findings, fleet, at_once = asyncio.run(measure(options, Path(directory)))
-        counts = {name: _count(Path(directory) / name) for name in ("leases", "interrupted")}
+    with scratch("repopool-fleet-chaos-") as directory:
+        findings, fleet, at_once = asyncio.run(measure(options, directory))
+        counts = {name: _count(directory / name) for name in ("leases", "interrupted")}
         if findings.violations:
-            for log in sorted(Path(directory).glob("*.log")):
+            for log in sorted(directory.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}")
     done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(fleet.done.items()))
     print_table(

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -29,6 +28,7 @@ from repopool_async.hosts.base import Command, Host, MakeDirectory, WriteFile
 from repopool_async.mirror import Mirror
 from repopool_async.workspaces.base import Checkout, Rung
 from repopool_async.workspaces.clone import CloneWorkspace
+from tests._scratch import scratch
 from tests.hosts import sshd
 from tests.hosts.proxy import proxy
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=40.0)
     parser.add_argument("--files", type=int, default=2000)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+    with scratch("repopool-remote-") as directory, ExitStack() as stack:
         keys_directory = Path(directory, "keys")
         keys_directory.mkdir()
         serve = sshd.openssh_server if Path(sshd.SSHD).exists() else sshd.asyncssh_server

@@ -1,12 +1,14 @@
-"""Where the temporary files of a run lie: in a directory that goes with the run, however that ends.
+"""Directories for temporary files that go with the process that asked for them, however that ends.
 
-It is made in memory where there is room, because the tests write and sync many small files. Whoever sets TMPDIR has it
-there instead; tests that need a file system of some kind choose their own place in any case.
+Those of a test run are made in memory where there is room, because the tests write and sync many small files. Whoever
+sets TMPDIR has them there instead; tests that need a file system of some kind choose their own place in any case.
 """
 
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,15 +17,15 @@ ROOM_BYTES: Final = 4 << 30
 """What a run may need at most, and several times what one was seen to need."""
 
 _REMOVES: Final = """
-cat
+read -r told
 turns=0
-until chmod -R u+rwX "$1" 2>&1; rm -rf "$1" || [ $turns = 100 ]; do sleep 0.1; turns=$((turns + 1)); done
+until chmod -R u+rwX "$1"; rm -rf "$1" || [ $turns = 100 ]; do sleep 0.1; turns=$((turns + 1)); done
 """
-"""Whoever still ends may write meanwhile."""
+"""Again and again, because those that end with the process may still write."""
 
 
-def place() -> Path:
-    """Return the directory in which temporary ones are made."""
+def fast_place() -> Path:
+    """Return where temporary files are made: in memory, unless TMPDIR says otherwise or there is no room."""
     if "TMPDIR" not in os.environ and _has_room(MEMORY):
         return MEMORY
     return Path(tempfile.gettempdir())
@@ -41,30 +43,32 @@ def _has_room(memory: Path) -> bool:
     return is_usable and min(status.f_bavail * status.f_frsize, available_bytes) > ROOM_BYTES
 
 
-class Scratch:
-    """A new directory that any user may enter and write to; a process of its own removes it once this one is gone."""
+@contextmanager
+def scratch(prefix: str = "repopool-", *, place: Path | None = None) -> Iterator[Path]:
+    """Have a new directory for the block; a process of its own removes it, also where this one is killed.
 
-    def __init__(self, parent: Path) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="repopool-", dir=parent))
-        self.path.chmod(0o1777)
-        # In a session of its own: who interrupts the run means the run. It learns of our end from its closed input.
-        self._remover = subprocess.Popen(
-            ["sh", "-c", _REMOVES, "sh", str(self.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,
-        )
-
-    def remove(self) -> None:
-        """Remove it, and wait until that is done."""
-        assert self._remover.stdin is not None
-        self._remover.stdin.close()
-        self._remover.wait(60)
+    Args:
+        prefix: of its name. place: in which it is made; the usual one where missing.
+    """
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    # In a session of its own, because who interrupts us means us. Its input ends with us and whom we forked.
+    remover = subprocess.Popen(
+        ["sh", "-c", _REMOVES, "sh", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        yield directory
+    finally:
+        with suppress(BrokenPipeError):
+            remover.communicate(b"\n", timeout=60)
 
 
 def use(directory: Path) -> None:
-    """Make temporary files of this process and its children there from now on."""
+    """Make temporary files of this process and its children there from now on; any user may."""
+    directory.chmod(0o1777)
     os.environ["TMPDIR"] = str(directory)
     tempfile.tempdir = None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -36,28 +37,20 @@ MAIN_FILES: Mapping[str, bytes | None] = {
 MakeCommit = Callable[[Path, str, Mapping[str, bytes | None]], str]
 
 
-_SCRATCH = pytest.StashKey[_scratch.Scratch]()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Put temporary files where they are fast, and where nothing stays of them."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
-        place = _scratch.place()
+        place = _scratch.fast_place()
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(place))  # what a failed test wrote is kept for a look
-        config.stash[_SCRATCH] = made = _scratch.Scratch(place)
-        _scratch.use(made.path)
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        _scratch.use(stack.enter_context(_scratch.scratch(place=place)))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with the run, not only their files
     else:
         own = Path(tempfile.gettempdir(), worker)
         own.mkdir()
-        own.chmod(0o1777)
         _scratch.use(own)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _SCRATCH in config.stash:
-        config.stash[_SCRATCH].remove()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ import repopool_async
 from repopool_async.cli import ExitStatus
 from repopool_async.cli._run import is_url, normalised_url, pool_name
 from repopool_async.config_values import validate_repo_name
+from repopool_async.slot_store import SlotStore
 
 PROGRAM = (sys.executable, "-m", "repopool_async.cli")
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -78,7 +79,9 @@ class Shell:
         return [slot for pool in self.status()["pools"] for slot in pool["slots"]]
 
     def states(self) -> list[str]:
-        return [slot["state"] for slot in self.slots()]
+        """Return what the records say, without another process."""
+        store = SlotStore(self.workspaces)
+        return [str(slot.state) for name in store.list_pools_sync() for slot in store.list_slots_sync(name)]
 
     def close(self) -> None:
         for process in self.live:

@@ -33,7 +33,7 @@ IDENTITY = {
 @pytest.fixture
 def place(origin: Path) -> Iterator[Path]:
     """A directory that any user may enter (pytest's own are closed), with the origin in it."""
-    directory = Path(tempfile.mkdtemp(prefix="run-as-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix="run-as-"))
     directory.chmod(0o755)
     shutil.copytree(origin, directory / "origin.git")
     yield directory

@@ -718,7 +718,7 @@ class TestCorruptSlotRecords:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
     def test_another_users_file_is_not_touched(self, tmp_path: Path) -> None:
-        theirs = SlotStore(tempfile.mkdtemp(prefix="repopool-test-", dir="/tmp"))
+        theirs = SlotStore(tempfile.mkdtemp(prefix="repopool-test-"))
         try:
             theirs.save_slot_sync(make_slot(theirs, token=7))
             record_path(theirs).chmod(0o600)

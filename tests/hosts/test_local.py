@@ -46,8 +46,7 @@ def as_nobody(work: Callable[[], None]) -> None:
 
 @pytest.fixture
 def nobodys_directory() -> Iterator[Path]:
-    # The usual temporary directories are closed to others.
-    path = Path(tempfile.mkdtemp(dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="repopool-test-"))  # pytest's own are closed to others
     if os.getuid() == 0:
         os.chown(path, NOBODY, NOBODY)
     yield path
