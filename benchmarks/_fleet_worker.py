@@ -53,7 +53,7 @@ async def main(settings: dict[str, Any]) -> None:
     async with AsyncExitStack() as stack:
         manager = await _opened(settings, stack, stopping)
         root, longest = Path(settings["root"]), settings["longest_stay_seconds"]
-        await asyncio.gather(*[_work(manager, root, longest, stopping) for _ in range(3)])
+        await asyncio.gather(*[_work(manager, root, longest, stopping) for _ in range(settings["tasks"])])
 
 
 def _switch_host_checks_off() -> None:

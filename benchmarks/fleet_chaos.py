@@ -1,11 +1,11 @@
 """Ill-treats a fleet, managers with two hosts over SSH and a database, and looks whether it stays sound.
 
-    python -m benchmarks.fleet_chaos [--seconds 120] [--managers 3] [--slots 6] [--seed N] [--unchecked]
+    python -m benchmarks.fleet_chaos [--seconds 600] [--managers 2] [--tasks 8] [--slots 8] [--seed N] [--unchecked]
 
-Needs PostgreSQL, OpenSSH's sshd (asyncssh's own is used where there is none) and `flock`. While managers lease from one
-pool, at random moments one of them is killed and started anew, or stopped for longer than it may be silent; its way to
-the database, or to a host, is frozen or cut; the database is restarted, crashes, or loses its connections. Then all of
-that ends, and a new manager has a minute to bring every slot back.
+Needs PostgreSQL, OpenSSH's sshd (asyncssh's own is used where there is none) and `flock`. While the managers' tasks
+lease from one pool, at random moments a manager is killed and started anew, or stopped for longer than it may be
+silent; its way to the database, or to a host, is frozen or cut; the database is restarted, crashes, or loses its
+connections. Then all of that ends, and a new manager has a minute to bring every slot back.
 
 Prints leases, what was done to them, slots given twice, slots lost, slots found dirty, tokens granted twice and
 unexpected errors (all of which must be 0), and exits with status 1 where one is not, or where nothing works any more.
@@ -179,7 +179,7 @@ async def measure(options: argparse.Namespace, root: Path) -> tuple[Findings, Fl
         servers = {name: stack.enter_context(_sshd(root, name)) for name in ("a", "b")}
         await _make_pool(root, server, servers, options.slots)
         members = [
-            await _member(root, number, server, servers, stack, is_unchecked=options.unchecked)
+            await _member(root, number, server, servers, stack, tasks=options.tasks, is_unchecked=options.unchecked)
             for number in range(options.managers)
         ]
         fleet = Fleet(root, server, members, random.Random(options.seed), is_unchecked=options.unchecked)
@@ -227,6 +227,7 @@ async def _member(
     servers: dict[str, sshd.Server],
     stack: AsyncExitStack,
     *,
+    tasks: int,
     is_unchecked: bool,
 ) -> Member:
     database = await stack.enter_async_context(Proxy(server.port))
@@ -241,6 +242,7 @@ async def _member(
         "dsn": server.dsn(DATABASE, port=database.port),
         "session_ttl": TTL_SECONDS,
         "hosts": hosts,
+        "tasks": tasks,
         "is_unchecked": is_unchecked,
         "longest_stay_seconds": 15 if is_unchecked else 6,
     }
@@ -280,9 +282,10 @@ async def _judge(root: Path, fleet: Fleet, findings: Findings, num_slots: int) -
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of ill-treatment (default: %(default)s)")
-    parser.add_argument("--managers", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of ill-treatment (default: %(default)s)")
+    parser.add_argument("--managers", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=8, help="of each manager (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--unchecked", action="store_true", help="let hosts check nothing, which must be found out")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
@@ -294,7 +297,8 @@ def main() -> int:
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}")
     done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(fleet.done.items()))
     print_table(
-        f"{options.managers} managers, {options.slots} slots, seed {options.seed}, {options.seconds:.0f} s",
+        f"{options.managers} managers, {options.tasks} tasks each, {options.slots} slots, "
+        f"seed {options.seed}, {options.seconds:.0f} s",
         {
             "leases": counts["leases"],
             "leases interrupted": counts["interrupted"],

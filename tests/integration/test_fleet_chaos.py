@@ -25,7 +25,7 @@ async def run_chaos(*options: str) -> str:
 
 @pytest.mark.timeout(300)
 async def test_a_fleet_stands_everything_once() -> None:
-    assert await run_chaos("--seconds", "12", "--managers", "2", "--slots", "3") == ""
+    assert await run_chaos("--seconds", "12", "--tasks", "3", "--slots", "3") == ""
 
 
 @pytest.mark.soak
@@ -37,5 +37,5 @@ async def test_a_fleet_stands_half_an_hour_of_it() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 async def test_it_would_be_seen_if_hosts_let_everybody_in() -> None:
-    found = await run_chaos("--unchecked", "--seconds", "90", "--managers", "2", "--slots", "3")
+    found = await run_chaos("--unchecked", "--seconds", "90", "--tasks", "3", "--slots", "3")
     assert "double holder" in found
