@@ -22,6 +22,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_refusing = False
+        self._cut_after: int | None = None
 
     def freeze(self) -> None:
         """Pass nothing on any more, and keep every connection open."""
@@ -35,6 +36,10 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def cut_after(self, count: int) -> None:
+        """Break the next connection, once, when so many bytes have come back through it."""
+        self._cut_after = count
+
     def refuse(self, is_refusing: bool = True) -> None:
         """Break every new connection, too."""
         self._is_refusing = is_refusing
@@ -46,12 +51,15 @@ class Proxy:
             return
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         self._writers |= {writer, far_writer}
-        for source, target in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._pass_on(source, target))
+        limit, self._cut_after = self._cut_after, None
+        for source, target, most in ((reader, far_writer, None), (far_reader, writer, limit)):
+            task = asyncio.create_task(self._pass_on(source, target, most))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pass_on(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    async def _pass_on(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, most: int | None = None
+    ) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -73,7 +81,12 @@ class Proxy:
                     data = await source.read(65536)
                 except OSError:
                     data = b""
+                if most is not None:
+                    data, most = data[:most], most - len(data)
                 queue.put_nowait((loop.time() + self.delay_seconds, data))
+                if most is not None and most <= 0:
+                    target.transport.abort()
+                    return
             await delivery
         finally:
             delivery.cancel()
