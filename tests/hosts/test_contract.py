@@ -504,8 +504,9 @@ class TestEndingProcesses:
         assert daemons.running() == [other]
 
     async def test_term_comes_first(self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path) -> None:
-        script = f"trap 'echo bye > {tmp_path}/word; exit' TERM; ready; sleep {FOREVER} & wait"
-        await daemons.start(script)
+        # Between its birth and its own program a shell's child may lose a signal.
+        slept = f'sleep {FOREVER} >/dev/null & until [ "$(cat /proc/$!/comm)" = sleep ]; do :; done'
+        await daemons.start(f"trap 'echo bye > {tmp_path}/word; exit' TERM; {slept}; ready; wait")
         await host.end_processes(mark=daemons.mark, tree=str(tree), grace_seconds=30)
         assert (tmp_path / "word").read_text() == "bye\n"
 
