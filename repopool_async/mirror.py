@@ -250,9 +250,9 @@ class Mirror:
         """The file that changes whenever the refs do; what lies there is for `note`."""
         return self._snapshots.state_path
 
-    async def note(self, state: FileStat | None) -> None:
-        """Take note of what lies at `state_path` now, and read the refs where they are others."""
-        await self._seen_at(state)
+    async def note(self, state: FileStat | None) -> RefsSnapshot:
+        """Take note of what lies at `state_path` now, and return the refs, read anew where they are others."""
+        return await self._seen_at(state)
 
     async def _seen_at(self, stat: FileStat | None) -> RefsSnapshot:
         stamp = (stat.inode, stat.mtime_ns) if stat else None

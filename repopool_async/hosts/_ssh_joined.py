@@ -30,7 +30,7 @@ class Asked:
         is_confidential: whether nobody who lists the host's processes may see it.
         is_command: whether it runs a command, which is ended with whoever waits for it.
         may_end_with: with which exit codes it has not failed.
-        timeout: seconds it may take, None for the usual time of a call.
+        timeout: seconds that it adds to what any call may take.
     """
 
     text: bytes

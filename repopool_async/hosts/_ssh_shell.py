@@ -204,7 +204,7 @@ class Shell:
         script = self._script(asked, word)
         stdout, stderr = bytearray(), bytearray()
         sinks: dict[int, Sink] = {1: stdout.extend, 2: stderr.extend}
-        seconds = sum(_OPERATION_SECONDS if one.timeout is None else one.timeout for one in asked)
+        seconds = _OPERATION_SECONDS + sum(one.timeout or 0 for one in asked)
         deadline = Deadline.after(seconds)
         async with self._executing(asked, word, script, sinks) as session:
             limit = await session.watch(seconds, deadline, None)

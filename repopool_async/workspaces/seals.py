@@ -96,17 +96,19 @@ class Seals:
             raise CleanupError(f"{slot.slot_id}: was made with other options", slot_id=slot.slot_id)
         return slot.seal
 
-    async def trusted_mark(self, seal: Seal | None, *, offset: ClockOffset | None = None) -> int | None:
+    async def trusted_mark(
+        self, seal: Seal | None, *, offset: ClockOffset | None = None, refs: RefsSnapshot | None = None
+    ) -> int | None:
         """Return the seal's mark, None where file times prove nothing.
 
         That is after another boot, where somebody set the clock, and where the mirror it was made of was damaged.
 
         Args:
-            offset: how the host's clocks stand to each other, where that has just been asked.
+            offset: how the host's clocks stand to each other. refs: of the mirror. Both where just asked.
         """
         if seal is None or seal.boot_id != await self._host.boot_id():
             return None
-        if seal.mirror_build != (await self._mirror.snapshot()).build:
+        if seal.mirror_build != (refs or await self._mirror.snapshot()).build:
             return None
         offset = offset or await self._host.clock_offset()
         moved = abs(offset.wall_minus_boot_ns - seal.clock_offset_ns)

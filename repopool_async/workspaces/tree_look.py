@@ -109,8 +109,8 @@ class TreeLooker:
             mark = joined(self._host.file_system_clock_ns(paths.pristine))
             inspection = joined(self._inspect(slot, seal.mark_ns, settled, kept, known))
         root, own, state = stats.result()
-        await self._mirror.note(state)
-        since = await self._seals.trusted_mark(seal, offset=offset.result())
+        refs = await self._mirror.note(state)
+        since = await self._seals.trusted_mark(seal, offset=offset.result(), refs=refs)
         if since is not None:
             self._pristine.require_unchanged(slot, own, git.result())
         if root is None:
