@@ -15,7 +15,6 @@ import attrs
 
 from repopool_async import _mounts
 from repopool_async._aio import shielded
-from repopool_async._clock import boottime
 from repopool_async.hosts import _ssh_collect
 from repopool_async.hosts._scripts import (
     Tools,
@@ -52,6 +51,9 @@ from repopool_async.hosts.base import (
 
 BLOCK_BYTES: Final = 65536
 _TICKS_PER_SECOND: Final = 50
+_TICKS_OF_PROC: Final = 100
+_START_TICKS: Final = 2
+"""More than the clock by which the kernel tells when a process began is coarse."""
 _NAMES_AT_ONCE: Final = 500
 _ABSENT: Final = 3
 ELSEWHERE: Final = 5
@@ -255,7 +257,8 @@ class RemoteFiles:
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
         place = Place(tree, mark, "" if group is None else str(group), round(grace_seconds * _TICKS_PER_SECOND))
-        hidden = b"" if since is None else command("find_hidden", int(boottime() - since) + 1)
+        # Not so many seconds ago: the question may take longer on its way than what is looked for has run.
+        hidden = b"" if since is None else command("find_hidden", int(since * _TICKS_OF_PROC) - _START_TICKS)
         return await shielded(self._end_processes(place, hidden), name="ssh-end-processes")
 
     async def _end_processes(self, place: "Place", hidden: bytes) -> EndedProcesses:

@@ -5,6 +5,7 @@ the soak run plays all of them.
 """
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -88,6 +89,11 @@ async def require_none(bench: Bench, vector: Vector, then: str) -> None:
 @pytest.mark.sampled(one_in=48)
 @pytest.mark.parametrize("vector", named(CORPUS))
 async def test_the_next_lessee_on_a_host_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
+    await require_none(bench, vector, "main")
+
+
+@pytest.mark.parametrize("vector", named([one for one in CORPUS if re.search("through_a_socket|io_uring", one.name)]))
+async def test_a_host_sees_who_holds_what_no_process_shows(bench: Bench, vector: Vector) -> None:
     await require_none(bench, vector, "main")
 
 

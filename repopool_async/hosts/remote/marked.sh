@@ -153,15 +153,18 @@ find_mounted() {
     done
 }
 
-# Processes of our own user that began within so many seconds and let nobody see what they hold. SECONDS
+# Processes that began later and may hold what nobody sees: those of our own user that show nothing, and those of which a
+# descriptor is on its way through a socket, or known to an io_uring only. START, as /proc tells it
 find_hidden() {
-    read -r up _ </proc/uptime || return 0
     me=$(id -u)
     for file in /proc/[0-9]*; do
-        ls "$file/fd" >/dev/null 2>&1 && continue
-        grep -q -s -E "^Uid:.*[[:space:]]$me([[:space:]]|\$)" "$file/status" || continue
         start_of "${file#/proc/}"
-        [ "$started" ] && [ "$((started / 100))" -ge "$((${up%.*} - $1))" ] && tell "$file"
+        [ "$started" ] && [ "$started" -ge "$1" ] || continue
+        if ls "$file/fd" >/dev/null 2>&1; then
+            grep -q -s -E '^(scm_fds|UserFiles):[[:space:]]+[1-9]' "$file"/task/[0-9]*/fdinfo/* 2>/dev/null
+        else
+            grep -q -s -E "^Uid:.*[[:space:]]$me([[:space:]]|\$)" "$file/status"
+        fi && tell "$file"
     done
     return 0
 }
