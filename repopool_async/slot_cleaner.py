@@ -37,7 +37,7 @@ from repopool_async.exceptions import (
     UnknownRefError,
 )
 from repopool_async.git_operations import GitOperations
-from repopool_async.hosts.base import EndedProcesses, Host
+from repopool_async.hosts.base import EndedProcesses, Host, Moment
 from repopool_async.lock_manager import LockManager
 from repopool_async.mirror import Mirror
 from repopool_async.models import CleanupResult, Seal, Slot
@@ -427,8 +427,8 @@ class SlotCleaner:
         mark = f"{LEASE_MARK}={slot.lease.lease_id if slot.lease else f'no lease of {slot.slot_id}'}"
         group = self._run_as.group_of(slot) if self._run_as is not None else None
         since = None
-        if slot.lease is not None and slot.lease.owner.boot_id == await self._host.boot_id():
-            since = slot.lease.acquired_boottime
+        if slot.lease is not None:
+            since = Moment(slot.lease.owner.boot_id, slot.lease.acquired_boottime)
         return partial(self._host.end_processes, mark=mark, tree=slot.path, since=since, group=group)
 
     async def _end_lease(self, slot: Slot, *, ended: EndedProcesses | None = None) -> tuple[Rung, bool]:

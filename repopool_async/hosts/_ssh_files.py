@@ -15,6 +15,8 @@ import attrs
 
 from repopool_async import _mounts
 from repopool_async._aio import shielded
+from repopool_async._clock import boottime
+from repopool_async._identity import boot_id
 from repopool_async.hosts import _ssh_collect
 from repopool_async.hosts._scripts import (
     Tools,
@@ -43,6 +45,7 @@ from repopool_async.hosts.base import (
     FileStep,
     Inode,
     Known,
+    Moment,
     Settled,
     TreeInspection,
     Wanted,
@@ -54,6 +57,7 @@ _TICKS_PER_SECOND: Final = 50
 _TICKS_OF_PROC: Final = 100
 _START_TICKS: Final = 2
 """More than the clock by which the kernel tells when a process began is coarse."""
+_ON_ITS_WAY_SECONDS: Final = 30
 _NAMES_AT_ONCE: Final = 500
 _ABSENT: Final = 3
 ELSEWHERE: Final = 5
@@ -252,14 +256,22 @@ class RemoteFiles:
         mark: str,
         tree: str | None,
         grace_seconds: float = 2.0,
-        since: float | None = None,
+        since: Moment | None = None,
         group: int | None = None,
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
         place = Place(tree, mark, "" if group is None else str(group), round(grace_seconds * _TICKS_PER_SECOND))
-        # Not so many seconds ago: the question may take longer on its way than what is looked for has run.
-        hidden = b"" if since is None else command("find_hidden", int(since * _TICKS_OF_PROC) - _START_TICKS)
+        hidden = b"" if since is None else await self._looking_for_hidden(since)
         return await shielded(self._end_processes(place, hidden), name="ssh-end-processes")
+
+    async def _looking_for_hidden(self, since: Moment) -> bytes:
+        """Return the call that looks for those that began since a moment."""
+        if since.boot_id == await self.boot_id():
+            return command("find_hidden", int(since.seconds * _TICKS_OF_PROC) - _START_TICKS)
+        if since.boot_id != boot_id():
+            return b""
+        # Its clock counts from another boot than ours. Some more seconds: the question may take them on its way.
+        return command("find_hidden_of_last", int(boottime() - since.seconds + _ON_ITS_WAY_SECONDS))
 
     async def _end_processes(self, place: "Place", hidden: bytes) -> EndedProcesses:
         for _ in range(2):

@@ -317,6 +317,18 @@ class ClockOffset:
     precision_ns: int
 
 
+@attrs.frozen
+class Moment:
+    """When something was, on the boot-time clock of the machine on which it was noted.
+
+    Attributes:
+        boot_id: of the boot that is counted from. seconds: since then.
+    """
+
+    boot_id: str
+    seconds: float
+
+
 class HostProcess(Protocol):
     """A running command with streams."""
 
@@ -532,7 +544,7 @@ class Host(Protocol):
         mark: str,
         tree: str | None,
         grace_seconds: float = 2.0,
-        since: float | None = None,
+        since: Moment | None = None,
         group: int | None = None,
     ) -> EndedProcesses:
         """End every process whose environment contains `mark`, and look for others that stand in `tree`.
@@ -540,8 +552,8 @@ class Host(Protocol):
         Args:
             mark: a whole `NAME=value`. grace_seconds: between TERM and KILL.
             tree: None asks for nobody else, and costs half as much.
-            since: seconds on the boot-time clock; a process of our own user that began later and lets nobody see what
-                it holds counts as a bystander too.
+            since: a process of our own user that began later and lets nobody see what it holds counts as a bystander
+                too. A moment of neither the host's present boot nor this machine's says nothing.
             group: whatever is in this group is ended too.
         """
 

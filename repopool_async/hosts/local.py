@@ -46,6 +46,7 @@ from repopool_async.hosts.base import (
     Inode,
     Known,
     MakeDirectory,
+    Moment,
     OutputCallback,
     RemoveFile,
     Rename,
@@ -346,11 +347,12 @@ class LocalHost:
         mark: str,
         tree: str | None,
         grace_seconds: float = 2.0,
-        since: float | None = None,
+        since: Moment | None = None,
         group: int | None = None,
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
-        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, since, group)
+        seconds = since.seconds if since is not None and since.boot_id == boot_id() else None
+        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, seconds, group)
 
     # -- the fence -----------------------------------------------------------------------------------------------
 

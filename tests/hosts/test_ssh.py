@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from repopool_async._identity import process_start_time
+from repopool_async._clock import boottime
+from repopool_async._identity import boot_id, process_start_time
 from repopool_async.exceptions import CommandTimeoutError, ConfigError, HostKeyError, HostUnreachableError
 from repopool_async.hosts._ssh_connection import Breaker, SshOptions, Target
-from repopool_async.hosts.base import Command, CopyFile, MakeDirectory, Wanted, WriteFile
+from repopool_async.hosts.base import Command, CopyFile, MakeDirectory, Moment, Wanted, WriteFile
 from repopool_async.hosts.ssh import SshHost
 from tests.hosts import sshd
 from tests.hosts.conftest import reach
@@ -399,6 +401,48 @@ class TestTrust:
                     await host.stat("/")
                 assert not raised.value.is_passing
             assert link.connections == 1
+
+
+HOLDER = """
+import os, socket, sys
+one, other = socket.socketpair()
+descriptor = os.open(sys.argv[1], os.O_WRONLY)
+socket.send_fds(one, [b"x"], [descriptor])
+os.close(descriptor)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""Holds a file by a descriptor that is on its way through a socket, where nobody sees what it leads to."""
+
+
+class TestOtherMachine:
+    """The host counts the seconds since another boot than this machine."""
+
+    @pytest.mark.parametrize(("lease_began", "is_found"), [(-60, True), (600, False)])
+    async def test_who_began_since_the_lease_is_found_by_its_age(
+        self, ssh_host: SshHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease_began: float, is_found: bool
+    ) -> None:
+        (tree := tmp_path / "tree").mkdir()
+        (tree / "file").touch()
+        began = Moment(boot_id(), boottime() + lease_began)
+        argv = (sys.executable, "-c", HOLDER, str(tree / "file"))
+        holder = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENV, cwd="/"
+        )
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert await holder.stdout.readline() == b"ready\n"
+
+        async def another(_: SshHost) -> str:
+            return "of-another-machine"
+
+        monkeypatch.setattr(SshHost, "boot_id", another)
+        try:
+            ended = await ssh_host.end_processes(mark="REPOPOOL_TEST=none", tree=str(tree), since=began)
+        finally:
+            holder.stdin.close()
+            await holder.wait()
+        assert any(line.startswith(f"{holder.pid} ") for line in ended.bystanders) is is_found
 
 
 class TestExecutions:

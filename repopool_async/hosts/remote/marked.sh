@@ -169,6 +169,12 @@ find_hidden() {
     return 0
 }
 
+# SECONDS
+find_hidden_of_last() {
+    IFS=' .' read -r up rest </proc/uptime 2>/dev/null || return 0
+    find_hidden "$(((up - $1) * 100))"
+}
+
 # Names of all processes, last.
 name_found() {
     printf '\0n '
