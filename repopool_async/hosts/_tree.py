@@ -161,7 +161,7 @@ class Inspection:
 
     def result(self) -> TreeInspection:
         """Return what has been found."""
-        found: dict[str, Any] = attrs.asdict(self._found)
+        found: dict[str, Any] = attrs.asdict(self._found, recurse=False)
         lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
         return TreeInspection(**(found | lists))
 
