@@ -7,6 +7,7 @@ beside the tree instead. How the notes are used is the host's business, when it 
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from repopool_async._aio import in_thread
 from repopool_async.hosts.base import Host, Settled, WriteFile
 from repopool_async.models import Seal, Slot
 from repopool_async.workspaces.nul_lists import join_names, split_names
@@ -14,6 +15,7 @@ from repopool_async.workspaces.slot_paths import NAMES_LIMIT, SlotPaths
 from repopool_async.workspaces.submodule_plan import Submodule
 from repopool_async.workspaces.submodules import Submodules
 
+_FEW_NAMES: Final = 500
 _NAMES_REMEMBERED: Final = 10_000
 """Of one slot; more are read again, which takes less than they do."""
 
@@ -42,11 +44,10 @@ class SettledNames:
         await self._write(slot, names)
 
     async def _write(self, slot: Slot, names: set[str]) -> None:
-        for name in list(names):
-            while name := name.rpartition("/")[0]:
-                names.add(name)
+        # Of ten thousand names that takes longer than the event loop may be kept from others.
+        text = await in_thread(_complete, names) if len(names) > _FEW_NAMES else _complete(names)
         self._known.pop(slot.path, None)
-        await self._host.apply([WriteFile(SlotPaths(slot.path).settled, join_names(sorted(names)))])
+        await self._host.apply([WriteFile(SlotPaths(slot.path).settled, text)])
         self._written[slot.path] = frozenset(names)
 
     def note_seal(self, slot: Slot, seal: Seal) -> None:
@@ -70,3 +71,13 @@ class SettledNames:
             return known
         data = await self._host.read_bytes(SlotPaths(slot.path).settled, limit=NAMES_LIMIT)
         return Settled(seal.settled_ns, frozenset(split_names(data or b"")))
+
+
+def _complete(names: set[str]) -> bytes:
+    """Add to names the directories that they lie in, and return all as they are stored."""
+    for name in list(names):
+        above = name.rpartition("/")[0]
+        while above and above not in names:  # what is above one that is there already is, or will be, seen to
+            names.add(above)
+            above = above.rpartition("/")[0]
+    return join_names(sorted(names))
