@@ -7,10 +7,10 @@ and checks are told. Which commits are wanted is the business of those who check
 
 import asyncio
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from repopool_async._newest import Newest
 from repopool_async.mirror_git import MirrorGit
 
 _COMMITS_KEPT: Final = 64
@@ -21,7 +21,7 @@ class MirrorBlobs:
 
     def __init__(self, git: MirrorGit) -> None:
         self._git = git
-        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._known: Newest[tuple[str, str], None] = Newest(_COMMITS_KEPT)
         self._turn = asyncio.Lock()
 
     async def obtain(self, commit: str, build: str, includes: Callable[[str], bool]) -> None:
@@ -40,8 +40,6 @@ class MirrorBlobs:
             if missing:
                 await self._git.fetch_objects(missing)
             self._known[build, commit] = None
-            while len(self._known) > _COMMITS_KEPT:
-                self._known.popitem(last=False)
 
     async def _missing(self, commit: str, includes: Callable[[str], bool]) -> list[str]:
         listing = (await self._git.run("ls-tree", "-r", "-z", "--full-tree", commit)).stdout

@@ -7,12 +7,12 @@ and what becomes of a slot in which it fails, is the cleaner's business.
 import hashlib
 import json
 import secrets
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from repopool_async._aio import shielded
 from repopool_async._git import LOCATION_VARIABLES, WORK_MARK, GitRunner
+from repopool_async._newest import Newest
 from repopool_async.exceptions import CommandTimeoutError, SetupError
 from repopool_async.hosts.base import Host, WriteFile
 from repopool_async.mirror import Mirror
@@ -55,7 +55,7 @@ class SlotSetup:
         self._command = tuple(command)
         self._key_files = tuple(name.rstrip("/") for name in key_files)
         self._timeout = timeout
-        self._keys: OrderedDict[str, str] = OrderedDict()
+        self._keys: Newest[str, str] = Newest(_COMMITS_REMEMBERED)
 
     async def is_due(self, slot: Slot, commit: str, *, is_wanted: bool) -> bool:
         """Return whether what lies in a slot that shows a commit was not set up for it.
@@ -145,9 +145,6 @@ class SlotSetup:
         """Return what tells commits apart that need another setup."""
         if commit not in self._keys:
             self._keys[commit] = await self._ask(commit)
-            while len(self._keys) > _COMMITS_REMEMBERED:
-                self._keys.popitem(last=False)
-        self._keys.move_to_end(commit)
         return self._keys[commit]
 
     async def _ask(self, commit: str) -> str:

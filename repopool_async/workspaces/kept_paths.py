@@ -6,11 +6,11 @@ waits beside the tree for a commit that leaves it room. Their contents are nobod
 is the strategy's.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from repopool_async._git import GitRunner
+from repopool_async._newest import Newest
 from repopool_async.exceptions import GitOperationError
 from repopool_async.hosts.base import Discard, FileKind, Host, RemoveFile
 from repopool_async.mirror import Mirror
@@ -33,7 +33,7 @@ class KeptPaths:
         self._host = host
         self._git = git
         self._mirror = mirror
-        self._taken: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._taken: Newest[str, frozenset[str]] = Newest(_COMMITS_REMEMBERED)
 
     async def of_commit(self, commit: str | None) -> tuple[str, ...]:
         """Return the kept paths that a commit leaves room for: it has nothing there, and no file on the way.
@@ -108,9 +108,6 @@ class KeptPaths:
                 self._taken[commit] = await self._ask(commit)
             except GitOperationError:
                 return frozenset(self.names)  # it is nowhere any more: nothing can be said of its tree
-            while len(self._taken) > _COMMITS_REMEMBERED:
-                self._taken.popitem(last=False)
-        self._taken.move_to_end(commit)
         return self._taken[commit]
 
     async def _ask(self, commit: str) -> frozenset[str]:

@@ -13,12 +13,12 @@ import os
 import secrets
 import shlex
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from repopool_async._git import GitRunner
+from repopool_async._newest import Newest
 from repopool_async.exceptions import (
     GitAccessError,
     GitDiskFullError,
@@ -68,7 +68,7 @@ class Lfs:
         self._git = git
         self.is_wanted: Final = is_wanted
         self._includes = includes
-        self._pointers: OrderedDict[tuple[str, str], tuple[Pointer, ...]] = OrderedDict()
+        self._pointers: Newest[tuple[str, str], tuple[Pointer, ...]] = Newest(_COMMITS_KEPT)
         self._turn = asyncio.Lock()
 
     # -- having the objects --------------------------------------------------------------------------------------
@@ -93,8 +93,6 @@ class Lfs:
             if pointers:
                 await self._fetch(mirror, directory, commit, pointers)
         self._pointers[key] = pointers
-        while len(self._pointers) > _COMMITS_KEPT:
-            self._pointers.popitem(last=False)
 
     def forget(self) -> None:
         """Look again for what is in the store: something there was damaged."""

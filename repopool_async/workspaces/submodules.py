@@ -13,7 +13,6 @@ when their mirror was last fetched (that is when a commit was missing), and no c
 import functools
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Self
 
@@ -23,6 +22,7 @@ from repopool_async._aio import together
 from repopool_async._clock import now
 from repopool_async._git import GitRunner
 from repopool_async._git_arguments import DEFAULT_PROTOCOLS
+from repopool_async._newest import Newest
 from repopool_async.exceptions import CleanupError, SubmoduleError
 from repopool_async.git_directory import GitDirectory, lessee_steps, pristine_steps
 from repopool_async.hosts.base import (
@@ -98,7 +98,7 @@ class Submodules:
         self._allow_protocols = tuple(allow_protocols)
         self._asks_whether_wanted = is_wanted
         self._lfs = lfs or Lfs(host=host, git=git)
-        self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._plans: Newest[str, Plan] = Newest(_PLANS_KEPT)
         self._mirrors: dict[str, Mirror] = {}
 
     @property
@@ -119,10 +119,7 @@ class Submodules:
             reading = PlanReader(self._mirror, self._git, self._allow_protocols)
             self._plans[commit] = await reading.plan(commit)
             self._mirrors |= reading.mirrors
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
         plan = self._plans[commit]
-        self._plans.move_to_end(commit)
         for submodule in plan.submodules:
             await self._lfs.obtain(self._mirrors[submodule.url], submodule.commit)
         return plan

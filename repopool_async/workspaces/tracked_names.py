@@ -4,12 +4,12 @@ Whatever else lies there can then be found, and passed over, by looking at the t
 (other repositories lie in the tree) nothing is said. No tree is looked at here.
 """
 
-from collections import OrderedDict
 from typing import Final
 
 import attrs
 
 from repopool_async._aio import in_thread
+from repopool_async._newest import Newest
 from repopool_async.hosts.base import Host, Known
 from repopool_async.models import Slot
 from repopool_async.workspaces.nul_lists import split_names
@@ -37,7 +37,7 @@ class TrackedNames:
     def __init__(self, *, host: Host, pristine: PristineGit) -> None:
         self._host = host
         self._pristine = pristine
-        self._known: OrderedDict[str, Tracked | None] = OrderedDict()
+        self._known: Newest[str, Tracked | None] = Newest(_COMMITS_REMEMBERED)
 
     async def of(self, slot: Slot, commit: str) -> Tracked | None:
         """Return what belongs in a slot's tree that shows a commit.
@@ -49,9 +49,6 @@ class TrackedNames:
             if head != f"{commit}\n".encode():
                 return None
             self._known[commit] = await self._read(slot, commit)
-            while len(self._known) > _COMMITS_REMEMBERED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(commit)
         return self._known[commit]
 
     async def _read(self, slot: Slot, commit: str) -> Tracked | None:

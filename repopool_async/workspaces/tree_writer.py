@@ -4,13 +4,13 @@ The tree may be the slot's or one that is still being made beside it. What a les
 afterwards, is the cleaner's business.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection
 from typing import Final, Self
 
 import attrs
 
 from repopool_async._aio import together
+from repopool_async._newest import Newest
 from repopool_async.hosts.base import FileStep, Host, MakeDirectory, RemoveFile, WriteFile
 from repopool_async.hosts.joined import Joined
 from repopool_async.mirror import Mirror
@@ -96,7 +96,7 @@ class TreeWriter:
         self._lfs = lfs
         self._sparse = sparse
         self._run_as = run_as
-        self._known_gitlinks: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._known_gitlinks: Newest[str, tuple[str, ...]] = Newest(_COMMITS_REMEMBERED)
 
     async def obtain(self, commit: str) -> None:
         """Have everything here, besides a commit's own objects, that its check-out needs; no tree is touched.
@@ -139,7 +139,7 @@ class TreeWriter:
             joined(self._pristine.run(slot, "read-tree", "--reset", "-u", commit, tree=tree))
             if ready.rewrites:
                 joined(self._rewrite(slot, commit, tree))
-            joined(self._host.apply(self._gitlink_steps(slot, ready, tree)))
+            joined(self._host.apply(_gitlink_steps(slot, ready.plan, ready.gitlinks, tree)))
             self._arrive(joined, slot, commit)
         await self._end(slot, ready.plan, tree)
 
@@ -160,7 +160,8 @@ class TreeWriter:
         commit = checkout.commit
         await self._pristine.bring(slot, commit)
         await self.obtain(commit)
-        kept = await self._submodules.make_way(Place.of(slot), await self._submodules.plan(commit))
+        plan = await self._submodules.plan(commit)
+        kept = await self._submodules.make_way(Place.of(slot), plan)
         await self._leave(slot, commit, head=f"{standing}\n".encode())
         found: list[Difference] = []
 
@@ -176,13 +177,10 @@ class TreeWriter:
         if found[0].has_attributes:
             await self._rewrite(slot, commit, slot.path)
             names |= frozenset(split_names((await self._pristine.run(slot, "ls-files", "-z")).stdout))
-        plan = await self._submodules.plan(commit)
-        steps: list[FileStep] = []
-        if found[0].has_gitlinks:
-            ready = Ready(commit, plan, rewrites=False, gitlinks=await self._gitlinks(slot, commit))
-            steps = self._gitlink_steps(slot, ready, slot.path)
+        gitlinks = await self._gitlinks(slot, commit) if found[0].has_gitlinks else None
         async with self._host.joined() as joined:
-            joined(self._host.apply(steps))
+            if gitlinks is not None:
+                joined(self._host.apply(_gitlink_steps(slot, plan, gitlinks, slot.path)))
             self._arrive(joined, slot, commit)
         await self._end(slot, plan, slot.path, unchanged=kept)
         return names
@@ -247,20 +245,18 @@ class TreeWriter:
             entries = [entry.partition(b"\t") for entry in listing.stdout.split(b"\0") if entry.startswith(_GITLINK)]
             names = [name.decode(errors="surrogateescape") for _, _, name in entries]
             self._known_gitlinks[commit] = tuple(name for name in names if self._sparse.includes(name))
-            while len(self._known_gitlinks) > _COMMITS_REMEMBERED:
-                self._known_gitlinks.popitem(last=False)
-        self._known_gitlinks.move_to_end(commit)
         return self._known_gitlinks[commit]
-
-    def _gitlink_steps(self, slot: Slot, ready: "Ready", tree: str) -> list[FileStep]:
-        """Return the steps that write down where a commit has other repositories, and make those directories."""
-        return [
-            *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in ready.gitlinks),
-            WriteFile(SlotPaths(slot.path).gitlinks, join_names([*ready.gitlinks, *ready.plan.places])),
-        ]
 
     async def _give(self, slot: Slot, tree: str) -> None:
         """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""
         if self._run_as is not None:
             await self._host.apply([self._run_as.give(tree)])
             await self._pristine.run(slot, "update-index", "-q", "--refresh", tree=tree)
+
+
+def _gitlink_steps(slot: Slot, plan: Plan, gitlinks: Collection[str], tree: str) -> list[FileStep]:
+    """Return the steps that write down where a commit has other repositories, and make those directories."""
+    return [
+        *(MakeDirectory(f"{tree}/{name}", mode=ANY_MODE) for name in gitlinks),
+        WriteFile(SlotPaths(slot.path).gitlinks, join_names([*gitlinks, *plan.places])),
+    ]
