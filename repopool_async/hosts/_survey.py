@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from typing import Final
 
-from repopool_async._aio import in_thread, in_turn, together
+from repopool_async._aio import in_thread, together
 from repopool_async._mounts import mounts_below
 from repopool_async._process import run_process
 from repopool_async.hosts._tree import Inspection
@@ -41,14 +41,9 @@ async def inspect_tree(root: str, since_ns: int, settled: Settled | None, known:
             await together(*(functools.partial(_find, program, root, since_ns, part, changed) for part in parts))
         except _UnusableError:
             return None
-        pending = await in_thread(_look_at, inspection, changed, frozenset(pending))
+        pending = await in_thread(inspection.look_at, changed, frozenset(pending))
     await in_thread(inspection.enter, pending)
     return inspection.result()
-
-
-def _look_at(inspection: Inspection, changed: Iterable[str], seen: frozenset[str]) -> list[str]:
-    with in_turn:
-        return inspection.look_at(changed, seen)
 
 
 class _UnusableError(Exception):

@@ -54,8 +54,7 @@ def inspect_tree(
     `changed_directories`.
     """
     inspection = Inspection(root, since_ns, settled, frozenset(passed_over), known, beside=beside)
-    with in_turn:
-        inspection.enter(inspection.begin())
+    inspection.enter(inspection.begin())
     return inspection.result()
 
 
@@ -127,7 +126,7 @@ class Inspection:
     def enter(self, directories: Iterable[str]) -> None:
         """Look at everything in some directories, of which only their own entry has been looked at."""
         for parent, names in _by_parent(directories).items():
-            with opened(self._root, parent.split("/") if parent else ()) as descriptor:
+            with in_turn, opened(self._root, parent.split("/") if parent else ()) as descriptor:
                 if descriptor is not None:
                     self._walk(os.dup(descriptor), f"{parent}/" if parent else "", names)
 
@@ -140,7 +139,7 @@ class Inspection:
         pending = []
         for parent, entries in _by_parent(names).items():
             prefix = f"{parent}/" if parent else ""
-            with opened(self._root, parent.split("/") if parent else ()) as descriptor:
+            with in_turn, opened(self._root, parent.split("/") if parent else ()) as descriptor:
                 if descriptor is None:
                     continue
                 for name in entries:
