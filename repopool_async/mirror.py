@@ -237,7 +237,7 @@ class Mirror:
         """
         if self._snapshot is not None and boottime() < self._believed_until:
             return self._snapshot
-        return await self._seen_at(await self._snapshots.stat())
+        return await self.note(await self._snapshots.stat())
 
     async def look(self, *paths: str) -> list[FileStat | None]:
         """Return what lies at paths on the mirror's host and, in the same hop, see whether the refs are still these."""
@@ -252,10 +252,7 @@ class Mirror:
 
     async def note(self, state: FileStat | None) -> RefsSnapshot:
         """Take note of what lies at `state_path` now, and return the refs, read anew where they are others."""
-        return await self._seen_at(state)
-
-    async def _seen_at(self, stat: FileStat | None) -> RefsSnapshot:
-        stamp = (stat.inode, stat.mtime_ns) if stat else None
+        stamp = (state.inode, state.mtime_ns) if state else None
         if self._snapshot is None or stamp is None or stamp != self._snapshot_stamp:
             self._snapshot = await self._load_snapshot()
             self._snapshot_stamp = stamp

@@ -180,7 +180,7 @@ class SlotCleaner:
         It ends what the last lease left running and looks at the tree, so that both can be joined with what has to come
         before. What it cannot see is seen, or reported, by the cleaning.
         """
-        ending = await self._ending(slot)
+        ending = await self._ending_processes(slot)
         looking = await self._looking(slot)
 
         async def end_and_look() -> Left:
@@ -420,7 +420,7 @@ class SlotCleaner:
         """Where every cleaning of this pool begins."""
         return Rung.RECREATE_TREE if self.rebuild_always or self._run_as is not None else Rung.CLEAN
 
-    async def _ending(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, EndedProcesses]] | None:
+    async def _ending_processes(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, EndedProcesses]] | None:
         """Return what ends the last lease's processes; None where there is no such lease."""
         if slot.lease is None and self._run_as is None:
             return None
@@ -443,7 +443,7 @@ class SlotCleaner:
         # A tree that another user had is made anew always: cleaning it in place would be a race with that user.
         first = self._ordinary_rung
         if ended is None:
-            ending = await self._ending(slot)
+            ending = await self._ending_processes(slot)
             if ending is None:
                 return first, True
             ended = await ending()

@@ -16,7 +16,7 @@ import attrs
 
 from repopool_async._git import GitRunner
 from repopool_async.exceptions import CleanupError, GitOperationError, GitRefMissingError, PoolManagerError
-from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, RemoveFile, Rename
+from repopool_async.hosts.base import Discard, FileKind, Host, MakeDirectory, Rename
 from repopool_async.hosts.joined import Joined
 from repopool_async.mirror import Mirror
 from repopool_async.models import Seal, Slot
@@ -275,8 +275,6 @@ class CloneWorkspace:
             await self._host.apply([Discard(self._own.path(slot), SlotPaths(slot.path).trash)])
 
     async def _clean_ordinary(self, slot: Slot, checkout: Checkout, tracked: Tracked, seen: TreeLook) -> Work:
-        paths = SlotPaths(slot.path)
-        await self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")])
         work, touched = await self._cleaner.clean_ordinary(slot, tracked, seen.inspection)
         if tracked.commit != checkout.commit:
             touched |= await self._writer.switch(slot, tracked.commit, checkout)

@@ -12,7 +12,7 @@ import attrs
 
 from repopool_async._aio import together
 from repopool_async.exceptions import CleanupError
-from repopool_async.hosts.base import Discard, Host, RemoveFile, TreeInspection
+from repopool_async.hosts.base import Discard, FileStep, Host, RemoveFile, TreeInspection
 from repopool_async.hosts.joined import Joined
 from repopool_async.models import Slot
 from repopool_async.workspaces.base import Checkout, Work
@@ -91,6 +91,7 @@ class TreeCleaner:
             CleanupError: it is not clean afterwards.
         """
         trash = SlotPaths(slot.path).trash
+        await self._host.apply(_first_steps(slot))
         removed = await self._host.remove_entries(slot.path, inspection.unknown, trash=trash)
         restored = await self._host.remove_entries(slot.path, inspection.changed, trash=trash)
         missing = set(inspection.changed) | await self._not_as_sealed(slot, inspection)
@@ -149,7 +150,7 @@ class TreeCleaner:
         suspects = [*inspection.special, *inspection.repositories, *await self._gitlinks(slot, seen.places)]
         suspects += await self._sparse.outside(slot.path, seen.places)
         async with self._host.joined() as joined:
-            joined(self._host.apply([Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")]))
+            joined(self._host.apply(_first_steps(slot)))
             # Specials first: a fifo where git looks for a file would hang it. Planted repositories git would pass over.
             removed = joined(self._host.remove_entries(slot.path, suspects, trash=paths.trash))
             untracked = joined(self._untracked(slot, tree=slot.path))
@@ -241,6 +242,12 @@ class TreeCleaner:
             return []
         places = await self._host.read_bytes(SlotPaths(slot.path).gitlinks, limit=NAMES_LIMIT)
         return await self._sparse.outside(tree, split_names(places or b""))
+
+
+def _first_steps(slot: Slot) -> list[FileStep]:
+    """Return what comes before any git: a lessee's git directory goes, and the lock that a git of ours died with."""
+    paths = SlotPaths(slot.path)
+    return [Discard(f"{slot.path}/.git", paths.trash), RemoveFile(f"{paths.git}/index.lock")]
 
 
 def is_ordinary(inspection: TreeInspection) -> bool:

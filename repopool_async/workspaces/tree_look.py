@@ -133,9 +133,18 @@ class TreeLooker:
         """Look at a tree of which nothing is trusted: everything counts as changed."""
         kept = await self._kept.of_commit(standing)
         settled = await self._settled.of(slot)
-        inspection = await self._inspect(slot, None, settled, kept, None)
-        nowhere = Mark(0, 0)
-        return TreeLook(root, None, (), nowhere, None, settled, kept, None, standing, inspection)
+        return TreeLook(
+            root=root,
+            standing=None,
+            places=(),
+            mark=Mark(0, 0),
+            since_ns=None,
+            settled=settled,
+            kept=kept,
+            tracked=None,
+            assumed=standing,
+            inspection=await self._inspect(slot, None, settled, kept, None),
+        )
 
     async def _inspect(
         self, slot: Slot, since_ns: int | None, settled: Settled, kept: tuple[str, ...], known: Known | None
