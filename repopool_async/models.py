@@ -169,7 +169,7 @@ class Slot:
     schema_version: int = SCHEMA_VERSION
     extra: Mapping[str, Any] = attrs.field(factory=dict)
 
-    @functools.cached_property
+    @property
     def number(self) -> int:
         """The slot's number within its pool."""
         return parse_slot_id(self.slot_id)[1]
