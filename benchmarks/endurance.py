@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,23 +54,15 @@ def run_once(select: str) -> tuple[float, "subprocess.CompletedProcess[str]"]:
 def run_many(times: int, at_once: int, select: str) -> tuple[list[float], str | None]:
     """Run the rounds until one fails; return the seconds of those that passed and what the first failure printed."""
     seconds: list[float] = []
-    failure = None
-    begun = 0
-    running: set[Future[tuple[float, subprocess.CompletedProcess[str]]]] = set()
     with ThreadPoolExecutor(at_once) as executor:
-        while True:
-            while failure is None and begun < times and len(running) < at_once:
-                running.add(executor.submit(run_once, select))
-                begun += 1
-            if not running:
-                return seconds, failure
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for took, done in (future.result() for future in ended):
-                if done.returncode != 0:
-                    failure = failure or done.stdout + done.stderr
-                    continue
-                seconds.append(took)
-                print(f"{len(seconds)}: {done.stdout.splitlines()[-1]}", flush=True)
+        rounds = [executor.submit(run_once, select) for _ in range(times)]
+        for took, done in (one.result() for one in as_completed(rounds)):
+            if done.returncode != 0:
+                executor.shutdown(cancel_futures=True)
+                return seconds, done.stdout + done.stderr
+            seconds.append(took)
+            print(f"{len(seconds)}: {done.stdout.splitlines()[-1]}", flush=True)
+    return seconds, None
 
 
 def main() -> int:
