@@ -206,22 +206,30 @@ class CloneWorkspace:
 
     async def looking(self, slot: Slot, *, trust_untouched: bool) -> Callable[[], Coroutine[Any, Any, Look]] | None:
         """See `WorkspaceStrategy.looking`."""
-        return await self._looking(slot, trust_untouched=trust_untouched)
+        return await self._looking(slot, trust_untouched=trust_untouched, is_over=False)
 
     async def _looking(
-        self, slot: Slot, *, trust_untouched: bool
+        self, slot: Slot, *, trust_untouched: bool, is_over: bool
     ) -> Callable[[], Coroutine[Any, Any, TreeLook]] | None:
         if slot.seal is None or self._run_as is not None or not self._seals.is_written_as_wanted(slot.seal):
             return None
-        return await self._looker.looking(slot, standing=slot.seal.commit, tells_unknown=trust_untouched)
+        standing = slot.seal.commit
+        return await self._looker.looking(slot, standing=standing, tells_unknown=trust_untouched, is_over=is_over)
 
     async def _seen(self, slot: Slot, look: Look | None, *, rung: Rung, trust_untouched: bool) -> TreeLook:
         """Return what there is to be seen, by as much as a rung trusts."""
-        looking = await self._looking(slot, trust_untouched=trust_untouched) if rung is Rung.CLEAN else None
-        if looking is not None:
-            seen = look if isinstance(look, TreeLook) else await looking()
+        seen = None
+        if rung is Rung.CLEAN and isinstance(look, TreeLook):
+            seen = look
+        elif rung is Rung.CLEAN:
+            looking = await self._looking(slot, trust_untouched=trust_untouched, is_over=True)
+            seen = await looking() if looking is not None else None
+        if seen is not None:
             if seen.standing != seen.assumed:  # a check-out was interrupted, or could not be noted
-                again = await self._looker.looking(slot, standing=seen.standing, tells_unknown=trust_untouched)
+                again = await self._looker.looking(
+                    slot, standing=seen.standing, tells_unknown=trust_untouched, is_over=True
+                )
+                assert again is not None  # the lease is over
                 seen = attrs.evolve(await again(), assumed=seen.standing)
             if seen.since_ns is not None:
                 return seen

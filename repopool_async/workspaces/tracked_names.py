@@ -39,19 +39,28 @@ class TrackedNames:
         self._pristine = pristine
         self._known: Newest[str, Tracked | None] = Newest(_COMMITS_REMEMBERED)
 
-    async def of(self, slot: Slot, commit: str) -> Tracked | None:
-        """Return what belongs in a slot's tree that shows a commit.
+    def knows(self, commit: str) -> bool:
+        """Return whether `known` can say what belongs in a tree that shows a commit."""
+        return commit in self._known
 
-        None where that cannot be said by names, or, as far as that has to be asked, where another commit stands there.
-        """
-        if commit not in self._known:
-            head = await self._host.read_bytes(f"{SlotPaths(slot.path).git}/HEAD", limit=4096)
-            if head != f"{commit}\n".encode():
-                return None
-            self._known[commit] = await self._read(slot, commit)
+    def known(self, commit: str) -> Tracked | None:
+        """Return what belongs in a tree that shows a commit; None where that cannot be said by names."""
         return self._known[commit]
 
-    async def _read(self, slot: Slot, commit: str) -> Tracked | None:
+    def remember(self, commit: str, tracked: Tracked | None) -> None:
+        """Know from now on what was read; for slots of any lessee, so nobody may have had a hand in it."""
+        self._known[commit] = tracked
+
+    async def stands(self, slot: Slot, commit: str) -> bool:
+        """Return whether a slot's index is of a commit."""
+        head = await self._host.read_bytes(f"{SlotPaths(slot.path).git}/HEAD", limit=4096)
+        return head == f"{commit}\n".encode()
+
+    async def read(self, slot: Slot, commit: str) -> Tracked | None:
+        """Read from a slot's index what `known` says.
+
+        Only once its lease is over and `PristineGit.refuse_changed` has passed: git runs in what a lessee could write.
+        """
         listing = await self._pristine.run(slot, "ls-files", "-z", "-s", "-t")
         names = await in_thread(_names, listing.stdout)
         return Tracked(commit, names) if names is not None else None

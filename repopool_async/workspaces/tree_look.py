@@ -6,6 +6,7 @@ of it is untouched: without either, what was seen is worth nothing.
 
 import errno
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -74,23 +75,38 @@ class TreeLooker:
         self._tracked = tracked
 
     async def looking(
-        self, slot: Slot, *, standing: str | None, tells_unknown: bool
-    ) -> Callable[[], Coroutine[Any, Any, TreeLook]]:
+        self, slot: Slot, *, standing: str | None, tells_unknown: bool, is_over: bool
+    ) -> Callable[[], Coroutine[Any, Any, TreeLook]] | None:
         """Have all that a look at a sealed slot needs, and return the look itself, a piece of work that asks once.
 
         Args:
             standing: what the tree is taken to show, for as long as the look has not told.
             tells_unknown: whether to look for what does not belong there, where the host can.
+            is_over: whether nothing of the lease runs any more. Before that what belongs there is not read, as a lessee
+                could write what is read, and None is returned where it is needed.
 
-        The look raises `CleanupError` where the tree, or the pool's own git directory, is not as it was sealed.
+        Raises, as the look does:
+            CleanupError: the tree, or the pool's own git directory, is not as it was sealed.
         """
         settled = await self._settled.of(slot)
         kept = await self._kept.of_commit(standing)
         is_told = tells_unknown and self._host.can_tell_unknown and not self._kept.names
-        tracked = await self._tracked.of(slot, standing) if is_told and standing is not None else None
+        if not is_told or standing is None:
+            return partial(self._look, slot, settled, kept, None, standing)
+        if self._tracked.knows(standing):
+            return partial(self._look, slot, settled, kept, self._tracked.known(standing), standing)
+        if not is_over:
+            return None
+        if await self._seals.trusted_mark(slot.seal) is None or not await self._tracked.stands(slot, standing):
+            return partial(self._look, slot, settled, kept, None, standing)
+        await self._pristine.refuse_changed(slot)
+        tracked = await self._tracked.read(slot, standing)
 
         async def look() -> TreeLook:
-            return await self._look(slot, settled, kept, tracked, standing)
+            seen = await self._look(slot, settled, kept, tracked, standing)
+            if seen.since_ns is not None:  # the index has not changed until after it was read
+                self._tracked.remember(standing, tracked)
+            return seen
 
         return look
 

@@ -95,3 +95,20 @@ async def test_an_untouched_slot_costs_no_git_when_it_comes_back(manager: PoolMa
         pass
     log = await manager.get_cleanup_log(slot.slot_id)
     assert [entry.steps for entry in log[-2:]] == [("checked out",), ("untouched",)]
+
+
+async def test_what_a_lessee_writes_into_the_pools_own_index_is_believed_of_no_later_one(
+    manager: PoolManager, origin: Path
+) -> None:
+    """That index says what belongs in the trees of all slots at a commit; it is first read after this lease."""
+    await manager.create_pool("app", str(origin), num_slots=1, fetch_on_allocate=False)
+    planted = f"100644,{git(origin, 'rev-parse', 'main:README.md')},planted/file"
+    async with manager.lease("app") as slot:
+        pristine = str(slot.path.parent / "pristine/git")
+        await slot.run("git", "--git-dir", pristine, "update-index", "--add", "--cacheinfo", planted)
+    await manager.wait_clean()
+    async with manager.lease("app") as slot:
+        (slot.path / "planted").mkdir()
+    await manager.wait_clean()
+    async with manager.lease("app") as slot:
+        assert not (slot.path / "planted").exists()
