@@ -1,7 +1,10 @@
 import asyncio
 import contextvars
+import functools
 import logging
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -12,8 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from repopool_async._aio import THREADS, Deadline, TaskSet, in_thread, in_turn, shielded, together
+from repopool_async._aio import THREADS, Deadline, TaskSet, in_order, in_thread, in_turn, shielded, together
 from tests._forks import child_of_ours
+
+CallIn = Callable[..., Coroutine[Any, Any, Any]]
 
 
 class Operation:
@@ -310,23 +315,24 @@ async def _check_delivery(length: int, events: list[tuple[int, str]], *, has_fai
         assert isinstance(task.exception(), ValueError)
 
 
-class TestInThread:
-    async def test_calls_with_arguments_off_the_loop_thread(self) -> None:
+@pytest.mark.parametrize("call_in", [in_thread, in_order])
+class TestInAnyThread:
+    async def test_calls_with_arguments_off_the_loop_thread(self, call_in: CallIn) -> None:
         def call(first: int, second: str) -> tuple[int, str, bool]:
             return first, second, threading.current_thread() is threading.main_thread()
 
-        assert await in_thread(call, 1, "b") == (1, "b", False)
+        assert await call_in(call, 1, "b") == (1, "b", False)
 
-    async def test_raises_what_the_function_raised(self) -> None:
+    async def test_raises_what_the_function_raised(self, call_in: CallIn) -> None:
         with pytest.raises(ValueError, match="invalid literal"):
-            await in_thread(int, "x")
+            await call_in(int, "x")
 
-    async def test_function_sees_the_callers_context(self) -> None:
+    async def test_function_sees_the_callers_context(self, call_in: CallIn) -> None:
         variable = contextvars.ContextVar("variable", default=0)
         variable.set(7)
-        assert await in_thread(variable.get) == 7
+        assert await call_in(variable.get) == 7
 
-    async def test_function_finishes_before_a_cancelled_call_ends(self) -> None:
+    async def test_function_finishes_before_a_cancelled_call_ends(self, call_in: CallIn) -> None:
         loop = asyncio.get_running_loop()
         is_running, may_end, has_ended = asyncio.Event(), threading.Event(), threading.Event()
 
@@ -335,7 +341,7 @@ class TestInThread:
             may_end.wait()
             has_ended.set()
 
-        task = asyncio.create_task(in_thread(call))
+        task = asyncio.create_task(call_in(call))
         await is_running.wait()
         for _ in range(2):
             task.cancel()
@@ -346,13 +352,45 @@ class TestInThread:
             await task
         assert has_ended.is_set()
 
-    async def test_runs_inside_a_cancelled_scope(self) -> None:
+    async def test_runs_inside_a_cancelled_scope(self, call_in: CallIn) -> None:
         calls: list[int] = []
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await in_thread(calls.append, 1)
+            await call_in(calls.append, 1)
         assert calls == [1]
 
+    def test_works_in_one_loop_after_another(self, call_in: CallIn) -> None:
+        async def text(number: int) -> str:
+            return str(await call_in(str, number))
+
+        assert [asyncio.run(text(number)) for number in range(3)] == ["0", "1", "2"]
+
+    def test_works_in_a_forked_child(self, call_in: CallIn) -> None:
+        async def text() -> str:
+            return str(await call_in(str, 1))
+
+        assert asyncio.run(text()) == "1"
+        child_of_ours(lambda: asyncio.run(text()))
+
+    def test_fails_at_once_where_the_interpreter_is_ending(self, call_in: CallIn) -> None:
+        program = f"""
+import asyncio, threading
+from repopool_async._aio import {call_in.__name__} as call_in
+
+async def call_until_that_fails():
+    try:
+        while True:
+            await call_in(str)
+    except RuntimeError as error:
+        print(error)
+
+threading.Thread(target=asyncio.run, args=[call_until_that_fails()]).start()
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert "shutdown" in done.stdout, done.stderr
+
+
+class TestInThread:
     async def test_limits_how_many_run_at_once(self) -> None:
         running, most, lock = 0, 0, threading.Lock()
         barrier = threading.Barrier(THREADS)
@@ -369,12 +407,58 @@ class TestInThread:
         await asyncio.gather(*(in_thread(call) for _ in range(THREADS * 2)))
         assert most == THREADS
 
-    def test_works_in_one_loop_after_another(self) -> None:
-        assert [asyncio.run(_text(number)) for number in range(3)] == ["0", "1", "2"]
+
+class TestInOrder:
+    async def test_calls_are_made_one_at_a_time_in_the_order_in_which_they_were_asked_for(self) -> None:
+        made: list[tuple[int, int]] = []
+
+        await asyncio.gather(*(in_order(_note, made, number) for number in range(100)))
+
+        assert [number for number, _ in made] == list(range(100))
+        assert len({thread for _, thread in made}) == 1
+
+    async def test_what_is_asked_for_meanwhile_is_told_at_one_go(self) -> None:
+        may_begin = threading.Event()
+        ended: list[int] = []
+        first = asyncio.create_task(in_order(may_begin.wait))
+        await turns(3)
+        tasks = [asyncio.create_task(in_order(str, number)) for number in range(3)]
+        for number, task in enumerate(tasks):
+            task.add_done_callback(functools.partial(_add, ended, number))
+        await turns(3)
+        may_begin.set()
+        await asyncio.wait([*tasks, first], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await turns(3)
+
+        assert ended == [0, 1, 2]
+
+    async def test_a_failure_is_its_callers_alone(self) -> None:
+        results = await asyncio.gather(*(in_order(int, text) for text in ("1", "x", "3")), return_exceptions=True)
+
+        assert (results[0], type(results[1]), results[2]) == (1, ValueError, 3)
+
+    async def test_a_cancelled_caller_leaves_the_others_alone(self) -> None:
+        may_begin = threading.Event()
+        made: list[tuple[int, int]] = []
+        first = asyncio.create_task(in_order(may_begin.wait))
+        tasks = [asyncio.create_task(in_order(_note, made, number)) for number in range(3)]
+        await turns(3)
+        tasks[1].cancel()
+        await turns(3)
+        may_begin.set()
+        ends = await asyncio.gather(first, *tasks, return_exceptions=True)
+
+        assert [type(end) for end in ends] == [bool, type(None), asyncio.CancelledError, type(None)]
+        assert [number for number, _ in made] == [0, 1, 2], "once asked for, it is done"
 
 
-async def _text(number: int) -> str:
-    return await in_thread(str, number)
+def _add(ended: list[int], number: int, _task: object) -> None:
+    ended.append(number)
+
+
+def _note(made: list[tuple[int, int]], number: int) -> None:
+    made.append((number, threading.get_ident()))
 
 
 class TestInTurn:
