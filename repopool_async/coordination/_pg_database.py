@@ -1,8 +1,8 @@
 """Calls to the database that end in time, whatever the server does and whoever is cancelled.
 
-Every call is a task of its own with a deadline. Who is cancelled does not wait for the database: after a moment it
-goes, the call ends by itself, and what it brought about that nobody learnt of becomes a debt (`_pg_debts`). What the
-statements mean is not known here; retrying is the callers' business.
+Every call runs in a task of its own, or in one together with others (`_pg_batches`), with a deadline. Who is cancelled
+does not wait for the database: after a moment it goes, the call ends by itself, and what it brought about that nobody
+learnt of becomes a debt (`_pg_debts`). What the statements mean is not known here; retrying is the callers' business.
 """
 
 import asyncio
@@ -11,9 +11,10 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from repopool_async._aio import TaskSet, shielded
+from repopool_async.coordination._pg_batches import Batched, Batches
 from repopool_async.coordination._pg_connections import Connection, Connections
 from repopool_async.coordination._pg_debts import Debt, Debts
-from repopool_async.coordination._pg_errors import SessionExpiredError, shown, translated
+from repopool_async.coordination._pg_errors import shown, translated
 from repopool_async.exceptions import CoordinatorUnavailableError, PoolManagerError, StoreError
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Database:
         self._dsn = dsn
         self._max_connections = max_connections
         self._connections: Connections | None = None
+        self._batches: dict[Batched, Batches] = {}
         self.debts: Debts
         self._calls = TaskSet("database", on_error=lambda _name, _error: None)  # their callers are told
 
@@ -93,23 +95,35 @@ class Database:
             CoordinatorUnavailableError: there was no answer; the work may have taken effect or not.
             StoreError: it was refused. SessionExpiredError: it was refused because our session has ended.
         """
-        task = self._calls.spawn(self._bounded(what, work), name=what)
-        try:
-            await asyncio.wait([task])
-        except BaseException:
-            if debt is not None:
-                task.add_done_callback(lambda done: None if _was_refused(done) else self.debts.owe(debt))
-            await shielded(self._leave(task, debt), name="leave-call")
-            raise
-        if debt is not None and not _has_answer(task):
-            self.debts.owe(debt)
-        if task.cancelled():
-            raise CoordinatorUnavailableError(f"cannot {what}: the connection to {self.where} was closed meanwhile")
-        return task.result()
+        limit = asyncio.get_running_loop().time() + self.call_seconds
+        task = self._calls.spawn(self._bounded(work, limit), name=what)
+        return await self._answer(what, task, debt)
 
-    async def fetch_row(self, what: str, statement: str, *arguments: object, debt: Debt | None = None) -> Any:
-        """Execute one statement and return its first row, None where there is none; raises as `call`."""
-        return await self.call(what, lambda connection: connection.fetchrow(statement, *arguments), debt=debt)
+    async def fetch_row(self, what: str, statement: str | Batched, *arguments: object, debt: Debt | None = None) -> Any:
+        """Execute one statement and return its first row, None where there is none; raises as `call`.
+
+        A batched one may be executed together with what others ask for at that time.
+        """
+        if isinstance(statement, str):
+            return await self.call(what, lambda connection: connection.fetchrow(statement, *arguments), debt=debt)
+        batches = self._batches_of(statement)
+        answer = batches.put(arguments)
+        return await self._answer(what, answer, debt, withdraw=batches.withdraw)
+
+    def _batches_of(self, batched: Batched) -> Batches:
+        if batched not in self._batches:
+            self._batches[batched] = Batches(
+                batched,
+                self._fetch_together,
+                is_refusal=_is_refusal,
+                start=lambda work: self._calls.spawn(work, name="batch"),
+            )
+        return self._batches[batched]
+
+    async def _fetch_together(self, statement: str, arguments: tuple[object, ...], asked_at: float) -> list[Any]:
+        limit = asked_at + self.call_seconds
+        rows: list[Any] = await self._bounded(lambda connection: connection.fetch(statement, *arguments), limit)
+        return rows
 
     async def fetch(self, what: str, statement: str, *arguments: object) -> list[Any]:
         """Execute one statement and return its rows; raises as `call`."""
@@ -119,44 +133,61 @@ class Database:
         """Execute one statement; raises as `call`."""
         await self.call(what, lambda connection: connection.execute(statement, *arguments), debt=debt)
 
-    async def _leave(self, task: "asyncio.Task[Any]", debt: Debt | None) -> None:
+    async def _answer(
+        self,
+        what: str,
+        answer: "asyncio.Future[T]",
+        debt: Debt | None,
+        withdraw: Callable[["asyncio.Future[T]"], bool] = lambda _answer: False,
+    ) -> T:
+        try:
+            await asyncio.wait([answer])
+        except BaseException:
+            if not withdraw(answer):
+                if debt is not None:
+                    answer.add_done_callback(lambda done: None if _was_refused(done) else self.debts.owe(debt))
+                await shielded(self._leave(answer, debt), name="leave-call")
+            raise
+        if debt is not None and not _has_answer(answer):
+            self.debts.owe(debt)
+        if answer.cancelled():
+            raise CoordinatorUnavailableError(f"cannot {what}: the connection to {self.where} was closed meanwhile")
+        with translated(self.where, what):
+            return answer.result()
+
+    async def _leave(self, answer: "asyncio.Future[Any]", debt: Debt | None) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(GRACE_SECONDS):
-                await asyncio.wait([task])
+                await asyncio.wait([answer])
                 if debt is not None:
                     await self.debts.paid(debt)
 
     async def _pay(self, debt: Debt) -> None:
         await self.execute("give back", debt.statement, *debt.arguments)
 
-    async def _bounded(self, what: str, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _bounded(self, work: Callable[[Connection], Awaitable[T]], limit: float) -> T:
         if self._connections is None:
             raise StoreError(f"the database {self.where} is not open; open the coordinator first")
-        with translated(self.where, what):
-            async with asyncio.timeout(self.call_seconds):
-                connection = await self._connections.take()
-                try:
-                    return await work(connection)
-                except BaseException as error:
-                    if not _is_refusal(error) and not isinstance(error, PoolManagerError):
-                        connection.terminate()  # what is under way on it is unknown, and to ask would take time
-                    raise
-                finally:
-                    self._connections.put(connection)
+        async with asyncio.timeout_at(limit):
+            connection = await self._connections.take()
+            try:
+                return await work(connection)
+            except BaseException as error:
+                if not _is_refusal(error) and not isinstance(error, PoolManagerError):
+                    connection.terminate()  # what is under way on it is unknown, and to ask would take time
+                raise
+            finally:
+                self._connections.put(connection)
 
 
-def _has_answer(task: "asyncio.Task[Any]") -> bool:
-    return not task.cancelled() and (task.exception() is None or _was_refused(task))
+def _has_answer(answer: "asyncio.Future[Any]") -> bool:
+    return not answer.cancelled() and (answer.exception() is None or _was_refused(answer))
 
 
-def _was_refused(task: "asyncio.Task[Any]") -> bool:
-    """Return whether the database said that nothing was done."""
-    if task.cancelled():
-        return False
-    error = task.exception()
-    if isinstance(error, SessionExpiredError):
-        return True
-    return isinstance(error, PoolManagerError) and (error.__cause__ is None or _is_refusal(error.__cause__))
+def _was_refused(answer: "asyncio.Future[Any]") -> bool:
+    """Return whether the database, or this library before it was asked, said that nothing was done."""
+    error = None if answer.cancelled() else answer.exception()
+    return error is not None and (isinstance(error, PoolManagerError) or _is_refusal(error))
 
 
 def _is_refusal(error: BaseException) -> bool:

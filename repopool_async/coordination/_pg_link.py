@@ -18,6 +18,7 @@ import attrs
 from repopool_async._aio import Deadline, TaskSet, in_thread
 from repopool_async._clock import boottime
 from repopool_async._identity import this_process
+from repopool_async.coordination._pg_batches import Batched
 from repopool_async.coordination._pg_database import CALL_SECONDS, Database
 from repopool_async.coordination._pg_debts import Debt
 from repopool_async.coordination._pg_errors import SessionExpiredError
@@ -138,7 +139,7 @@ class Link:
 
     # Asking
 
-    async def begin(self, what: str, statement: str, *arguments: object, debt: Debt) -> Any:
+    async def begin(self, what: str, statement: str | Batched, *arguments: object, debt: Debt) -> Any:
         """Ask for something that only a process known to be alive may have; the first row of the answer.
 
         Raises:
@@ -147,12 +148,14 @@ class Link:
         self.session.require_trust()
         return await self.ask(what, statement, *arguments, debt=debt)
 
-    async def ask(self, what: str, statement: str, *arguments: object, debt: Debt | None = None) -> Any:
+    async def ask(self, what: str, statement: str | Batched, *arguments: object, debt: Debt | None = None) -> Any:
         """Execute one statement; return its first row or None."""
         with self.session_expiry_told():
             return await self.database.fetch_row(what, statement, *arguments, debt=debt)
 
-    async def insist(self, what: str, statement: str, *arguments: object, tells_repetition: bool = False) -> Any:
+    async def insist(
+        self, what: str, statement: str | Batched, *arguments: object, tells_repetition: bool = False
+    ) -> Any:
         """Execute a statement until there is an answer, for one `ttl`; return its first row or None.
 
         Args:

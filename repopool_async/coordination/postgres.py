@@ -18,6 +18,7 @@ import attrs
 
 from repopool_async._aio import shielded
 from repopool_async._identity import this_process
+from repopool_async.coordination._pg_batches import Batched
 from repopool_async.coordination._pg_changes import (
     Change,
     Decide,
@@ -57,6 +58,19 @@ from repopool_async.models import Lease, Slot, SlotState
 from repopool_async.slot_allocator import cleaning
 
 _POLL_SECONDS: Final = (1.0, 2.0)
+
+_CLAIM: Final = Batched("""
+    SELECT a.place, c.record, c.overwritten
+    FROM unnest($1::text[], $2::uuid[], $3::uuid[], $4::jsonb[], $5::boolean[])
+        WITH ORDINALITY a (pool, session_id, hold_id, want, stands_back, place),
+    LATERAL repopool.claim(a.pool, a.session_id, a.hold_id, a.want, a.stands_back) c
+""")
+_BEGIN_RETURN: Final = Batched("SELECT * FROM repopool.begin_return($1, $2, $3, $4)")
+_FINISH: Final = Batched(
+    "CALL repopool.finish($1, $2, $3, $4, $5, $6, $7, $8::jsonb[], $9, NULL)",
+    lambda rows: dict(enumerate(rows[0]["p_done"])),
+)
+
 _ANNOUNCED: Final = ("forced", "expired")
 
 
@@ -183,7 +197,7 @@ class PostgresCoordinator:
         with self._link.holds.asked_for(hold_id):
             row = await self._link.begin(
                 f"claim a slot of {repo_name}",
-                "SELECT record, overwritten FROM repopool.claim($1, $2, $3, $4::jsonb, $5)",
+                _CLAIM,
                 repo_name,
                 self._link.session.session_id,
                 hold_id,
@@ -265,11 +279,11 @@ class PostgresCoordinator:
             return grant.slot
         row = await self._link.insist(
             f"end the lease of {slot_id}",
-            "SELECT * FROM repopool.begin_return($1, $2, $3, $4)",
+            _BEGIN_RETURN,
             *(slot_id, grant.lock.hold_id, grant.token),
             tells_repetition=True,
         )
-        if row["total_seconds"] is None:
+        if row is None:
             raise await self._lost(grant)
         grant.slot = attrs.evolve(
             cleaning(grant.slot), total_allocated_seconds=row["total_seconds"], unsaved=row["unsaved"]
@@ -303,14 +317,14 @@ class PostgresCoordinator:
         require_settled(slot)
         if not hold.lock.is_held:
             raise await self._lost(hold)
-        row = await self._link.insist(
+        is_done = await self._link.insist(
             f"release {slot.slot_id}",
-            "CALL repopool.finish($1, $2, $3, $4, $5, $6, $7, $8::jsonb, $9, NULL)",
+            _FINISH,
             *(slot.slot_id, slot.repo_name, hold.lock.hold_id, hold.token),
             *(state_of(slot), *seal_of(slot), encoded(slot)),
             tells_repetition=True,
         )
-        if not row["p_is_done"]:
+        if not is_done:
             raise await self._lost(hold)
         hold.lock.end()
         hold.slot = slot
