@@ -1,10 +1,11 @@
 """The fence in the life of a slot: who holds it enters it on its host before anything is done there.
 
 The host is the last word on who may run in a slot, whatever the records say: a token enters once, and what runs under
-lower ones is ended. Where the host has seen a higher token than the records have, they have lost their last changes,
-and the hold is given a token above it.
+lower ones is ended. Where the host has seen a higher token than the records have, they have lost their last changes:
+the hold is given a token above it, and whatever lies in the tree is taken for the work of a lease that nobody ended.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -16,9 +17,11 @@ from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import CleanupError, FencedError
 from repopool_async.hosts.base import Guard, Host
 from repopool_async.hosts.upkeep import upkeep
-from repopool_async.models import Slot
+from repopool_async.models import LeaseEnd, Slot
 
 T = TypeVar("T")
+
+_log: Final = logging.getLogger("repopool")
 
 _INCREDIBLE: Final = 10**16
 """Far below the first token that has no name in a fence, which is 10 to the 17th."""
@@ -47,6 +50,17 @@ def _require_credible(hold: Hold, error: FencedError) -> None:
             slot_id=hold.slot.slot_id,
             repo_name=hold.slot.repo_name,
         )
+
+
+async def _go_above(coordinator: Coordinator, hold: Hold, error: FencedError) -> None:
+    """Give a hold a token above the host's, and note where there was a lease that the records have lost."""
+    _require_credible(hold, error)
+    # The token of a slot that was only taken may have entered before; that of a claim is new.
+    is_untold = error.top > hold.token or isinstance(hold, Grant)
+    await coordinator.raise_token(hold, max(error.top, hold.token))
+    if is_untold:
+        _log.warning("%s: the records have lost its last lease; what that left is saved", hold.slot.slot_id)
+        await coordinator.update(hold, attrs.evolve(hold.slot, unsaved=LeaseEnd.CRASHED))
 
 
 def slot_directory(slot: Slot) -> str:
@@ -95,8 +109,7 @@ async def enter(host: Host, coordinator: Coordinator, hold: Hold, session: str |
         try:
             await host.enter(slot_directory(hold.slot), hold.token, session, kills=kills)
         except FencedError as error:
-            _require_credible(hold, error)
-            await coordinator.raise_token(hold, max(error.top, hold.token))
+            await _go_above(coordinator, hold, error)
             kills = True
         else:
             hold.entered_token = hold.token
@@ -146,7 +159,6 @@ async def _leave(
             slot = attrs.evolve(hold.slot, token=hold.token)
             outcome = await leaving(slot)
         except FencedError as error:
-            _require_credible(hold, error)
-            await coordinator.raise_token(hold, error.top)
+            await _go_above(coordinator, hold, error)
         else:
             return slot, outcome

@@ -147,10 +147,6 @@ class Releaser:
             return
         try:
             async with asyncio.timeout(_TAKE_BACK_SECONDS):
-                if is_untold:
-                    _log.warning("%s", error)
-                    untold = attrs.evolve(grant.slot, token=grant.token, unsaved=LeaseEnd.CRASHED)
-                    grant.slot = await self._pool.parts.coordinator.update(grant, untold)
                 slot = await self._begin_return(grant)
         except (TimeoutError, CoordinatorUnavailableError) as failure:
             _log.warning("%s: left to recovery: %s", grant.slot.slot_id, str(failure) or "no answer in time")

@@ -161,7 +161,8 @@ class SlotKeeper:
         if looks_at is None:
             return await leave(parts.host, self._pool.parts.coordinator, hold), None
         ending = await parts.cleaner.ending(looks_at)
-        return await leave_and(parts.host, self._pool.parts.coordinator, hold, ending)
+        slot, left = await leave_and(parts.host, self._pool.parts.coordinator, hold, ending)
+        return slot, None if self._is_due(slot.unsaved) else left
 
     async def _do(self, hold: Hold, slot: Slot, work: _Work, left: Left | None) -> tuple[Slot, CleanupResult]:
         async with self._while_it_stands(hold):
@@ -481,8 +482,8 @@ class SlotKeeper:
             if hold is None:
                 continue
             try:
-                if not self._is_due(hold.slot.unsaved):
-                    left, _ = await self._leave(hold)
+                left, _ = await self._leave(hold)
+                if not self._is_due(left.unsaved):
                     with upkeep(guard_of(left)):
                         await self._pool.parts.of(slot).host.remove_tree(slot.path)
                     dropped.append(slot.slot_id)

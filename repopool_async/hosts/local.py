@@ -202,7 +202,11 @@ class LocalHost:
         if guard is None:
             yield _Start(argv, env)
             return
-        await in_thread(_fence.require_startable, argv, env, cwd)
+        try:
+            await in_thread(_fence.require_startable, argv, env, cwd)
+        except OSError:
+            await in_thread(_fence.require_present, self._id, guard)  # it may have been removed with its slot
+            raise
         try:
             yield _Start(*_fence.guarded(argv, env, guard))
         finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -99,6 +99,47 @@ async def test_a_failover_that_loses_commits_gives_no_slot_twice_and_loses_none(
     assert [slot.state for slot in await two.list_slots("web")] == [SlotState.AVAILABLE] * 4
     async with coordinator_of(one).locks.acquire_slot_lock("pool-web", timeout=0):
         pass
+
+
+Upkeep = Callable[[PoolManager, str], Awaitable[object]]
+
+
+async def drop_quarantined(manager: PoolManager, slot_id: str) -> None:
+    """Free disk space, and repair afterwards."""
+    await (await manager.get_pool("web")).keeper.drop_quarantined_trees()
+    await manager.repair_slot(slot_id)
+
+
+@pytest.mark.parametrize(
+    ("state", "upkeep"),
+    [
+        ("available", lambda manager, _: manager.drain("web")),
+        ("available", lambda manager, slot_id: manager.remove_slot(slot_id)),
+        ("error", drop_quarantined),
+    ],
+    ids=["drain", "remove", "drop"],
+)
+async def test_what_a_lease_left_that_the_records_have_lost_is_saved(
+    fleet: Fleet, server: Server, origin: Path, state: str, upkeep: Upkeep
+) -> None:
+    one, two = await fleet.manager(1), await fleet.manager(2)
+    await one.create_pool("web", str(origin), num_slots=1, hosts=["a"])
+    async with server.admin(DATABASE) as connection:
+        await connection.execute("CREATE TEMPORARY TABLE before AS SELECT * FROM repopool.slot")
+        await connection.execute(
+            "UPDATE before SET state = $1::text, record = record || jsonb_build_object('state', $1::text)", state
+        )
+        lost = await leased(one)
+        (lost.path / "dirt").write_text("of a lease that nobody knows any more")
+        await connection.execute("DELETE FROM repopool.slot")
+        await connection.execute("INSERT INTO repopool.slot SELECT * FROM before")
+
+    await upkeep(two, lost.slot_id)
+
+    (saved,) = await two.list_salvage("web")
+    assert (saved.slot_id, saved.reason, saved.untracked) == (lost.slot_id, "crashed", 1)
+    with pytest.raises((FencedError, LeaseLostError)):
+        await lost.run("true")
 
 
 async def test_a_name_whose_release_a_failover_lost_is_free_again(
