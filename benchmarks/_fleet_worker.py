@@ -8,6 +8,7 @@ database and the end of a lease may do to a lessee is no error.
 """
 
 import asyncio
+import faulthandler
 import json
 import os
 import random
@@ -45,15 +46,23 @@ _EXPECTED: Final = (
 
 
 async def main(settings: dict[str, Any]) -> None:
-    """Work until SIGTERM, then give everything back."""
+    """Work until SIGTERM, then give everything back; on SIGUSR1 and SIGUSR2 say where tasks and threads are."""
     if settings["is_unchecked"]:
         _switch_host_checks_off()
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _print_tasks)
+    faulthandler.register(signal.SIGUSR2)
     async with AsyncExitStack() as stack:
         manager = await _opened(settings, stack, stopping)
         root, longest = Path(settings["root"]), settings["longest_stay_seconds"]
         await asyncio.gather(*[_work(manager, root, longest, stopping) for _ in range(settings["tasks"])])
+
+
+def _print_tasks() -> None:
+    """Say what everybody is waiting for."""
+    for task in asyncio.all_tasks():
+        task.print_stack()
 
 
 def _switch_host_checks_off() -> None:

@@ -68,7 +68,10 @@ class Member:
         self.process.send_signal(number)
 
     async def end(self, number: signal.Signals, seconds: float) -> int | None:
-        """End it, by force where it takes longer; returns its exit status, None where it had to be forced."""
+        """End it, by force where it takes longer; returns its exit status, None where it had to be forced.
+
+        One that does not end when it is asked to says in its log what it is waiting for.
+        """
         assert self.process is not None
         if self.process.returncode is None:
             self.process.send_signal(number)
@@ -76,6 +79,10 @@ class Member:
             async with asyncio.timeout(seconds):
                 return await self.process.wait()
         except TimeoutError:
+            if number == signal.SIGTERM:
+                for where in (signal.SIGUSR1, signal.SIGUSR2):
+                    self.process.send_signal(where)
+                await asyncio.sleep(2)
             self.process.kill()
             await self.process.wait()
             return None
@@ -294,7 +301,7 @@ def main() -> int:
         counts = {name: _count(directory / name) for name in ("leases", "interrupted")}
         if findings.violations:
             for log in sorted(directory.glob("*.log")):
-                print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}")
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-20000:]}")
     done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(fleet.done.items()))
     print_table(
         f"{options.managers} managers, {options.tasks} tasks each, {options.slots} slots, "

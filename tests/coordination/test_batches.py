@@ -221,6 +221,19 @@ async def test_of_many_releases_only_those_fail_whose_lease_was_taken_away(postg
     assert await postgres.ask("SELECT count(*) FROM repopool.slot WHERE state = 'available'") == 4
 
 
+async def test_a_lease_whose_row_is_locked_holds_up_no_other(postgres: PostgresPlace) -> None:
+    coordinator = await postgres.pool(6)
+    grants = await claims(coordinator, 6)
+    assert None not in grants
+    for step in (coordinator.begin_return, lambda grant: settle(coordinator, grant)):
+        async with postgres.server.admin(postgres.database) as connection, connection.transaction():
+            await connection.execute("SELECT FROM repopool.slot WHERE slot_id = $1 FOR UPDATE", grants[2].slot.slot_id)
+            tasks = [asyncio.create_task(step(grant)) for grant in grants]
+            await asyncio.gather(*tasks[:2], *tasks[3:])
+            assert not tasks[2].done()
+        await tasks[2]
+
+
 @pytest.fixture
 async def proxy(server: Server) -> AsyncIterator[Proxy]:
     async with Proxy(server.port) as made:

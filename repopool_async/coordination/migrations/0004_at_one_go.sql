@@ -1,4 +1,5 @@
 -- Many leases of one process end, and many slots are released, in one call: the calls cost more than what they do.
+-- Neither waits long for a row that somebody else has locked and forgotten: the calls are made one by one then.
 
 DROP FUNCTION repopool.begin_return(text, uuid, bigint, boolean);
 DROP PROCEDURE repopool.finish(text, text, uuid, bigint, text, text, text, jsonb, boolean, boolean);
@@ -6,7 +7,7 @@ DROP PROCEDURE repopool.finish(text, text, uuid, bigint, text, text, text, jsonb
 -- End leases; a row, by its place in the arrays, for each that had not been taken away.
 CREATE FUNCTION repopool.begin_return(p_slots text[], p_holds uuid[], p_tokens bigint[], p_repeated boolean[])
 RETURNS TABLE (place bigint, total_seconds double precision, unsaved text)
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET lock_timeout = '1s' AS $$
 BEGIN
     -- Should it be lost with the server, no lease has ended: what follows does not mind.
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -38,7 +39,7 @@ END $$;
 CREATE FUNCTION repopool.let_go_with(
     p_slots text[], p_holds uuid[], p_tokens bigint[], p_states text[], p_commits text[], p_branches text[],
     p_records jsonb[], p_repeated boolean[]
-) RETURNS boolean[] LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS boolean[] LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET lock_timeout = '1s' AS $$
 DECLARE
     v_done boolean[];
 BEGIN
