@@ -9,7 +9,7 @@ who asks silent hosts again, is not known here.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -58,7 +58,7 @@ class Machine:
     host: Host
     lessee_host: Host
     layout: StoreLayout
-    close: Callable[[], Awaitable[object]] | None = None
+    close: Callable[[], Coroutine[Any, Any, object]] | None = None
 
     def mirror_url(self, pool: Pool) -> str:
         """Return how git on another host reaches a pool's mirror here: by its path on one machine, else by SSH."""
@@ -493,9 +493,7 @@ class HostRegistry:
         """End what is under way, and what watches over this manager elsewhere."""
         await self._tasks.cancel()
         await together(*[partial(self._leave, machine) for machine in self._elsewhere()])
-        for machine in self._machines.values():
-            if machine.close is not None:
-                await machine.close()
+        await together(*[machine.close for machine in self._machines.values() if machine.close is not None])
 
     async def _leave(self, machine: Machine) -> None:
         with suppress(HostUnreachableError, OSError, TimeoutError):

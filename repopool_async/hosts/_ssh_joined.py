@@ -72,9 +72,12 @@ class RemoteJoined(Joined):
         return self
 
     async def _finish(self) -> None:
+        pieces = [_Piece(self._owner, self._tasks, work, outcome) for work, outcome in self._work]
         try:
-            await self._do([_Piece(self._owner, self._tasks, work, outcome) for work, outcome in self._work])
+            await self._do(pieces)
         finally:
+            for piece in pieces:
+                piece.give_up()
             await self._tasks.cancel()
 
     async def _do(self, pieces: Sequence["_Piece"]) -> None:
@@ -131,6 +134,7 @@ class _Piece:
         self._outcome = outcome
         self._task: asyncio.Task[Any] | None = None
         self._changed = asyncio.Event()
+        self._is_given_up = False
 
     @property
     def is_done(self) -> bool:
@@ -166,8 +170,20 @@ class _Piece:
         assert self._task is not None
         self._outcome.set_result(self._task.result())
 
+    def give_up(self) -> None:
+        """Answer nothing any more: what asks from behind a shield would wait for ever."""
+        self._is_given_up = True
+        for question in self.questions:
+            question.answered.cancel()
+
     async def ask(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Have calls made together with those of the other pieces; returns the answers of those that were reached."""
+        """Have calls made together with those of the other pieces; returns the answers of those that were reached.
+
+        Raises:
+            asyncio.CancelledError: the block has ended before.
+        """
+        if self._is_given_up:
+            raise asyncio.CancelledError
         if self.is_overtaken:
             raise RuntimeError("a piece of a joined block asks again after others had their turn")
         question = _Question(tuple(asked), self.questions, asyncio.get_running_loop().create_future())

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import attrs
 
-from repopool_async._aio import Deadline, TaskSet, shielded
+from repopool_async._aio import Deadline, TaskSet, shielded, together
 from repopool_async._process import GRACE_SECONDS
 from repopool_async.exceptions import HostUnreachableError, PlatformNotSupportedError
 from repopool_async.hosts._scripts import (
@@ -105,8 +105,7 @@ class Shell:
         """Close all connections."""
         await self._tasks.join(_END_SECONDS)
         await self._tasks.cancel()
-        for connection in self._connections():
-            await connection.close()
+        await together(*[connection.close for connection in self._connections()])
 
     # -- calls of the library ------------------------------------------------------------------------------------
 

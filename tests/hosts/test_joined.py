@@ -131,6 +131,24 @@ async def test_a_cancelled_block_ends_its_command(host: Host, tmp_path: Path) ->
     assert not (tmp_path / "never").exists()
 
 
+async def test_a_cancelled_block_ends_whatever_its_pieces_shield(host: Host, tmp_path: Path) -> None:
+    await host.boot_id()  # which connects
+
+    async def twice() -> None:
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await host.end_processes(mark="NONE=1", tree=str(tmp_path))
+
+    for turns in (3, 8, 20):
+        block = all_of(host, host.stat(str(tmp_path)), host.end_processes(mark="NONE=1", tree=str(tmp_path)), twice())
+        task = asyncio.create_task(block)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(30):
+            await asyncio.wait([task])
+
+
 @pytest.mark.parametrize("host", ["asyncssh", "openssh"], indirect=True)
 async def test_pieces_are_upkeep_as_calls_are(host: SshHost, tmp_path: Path) -> None:
     slot = f"{tmp_path}/slot"
