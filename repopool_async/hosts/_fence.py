@@ -98,12 +98,16 @@ def _make_entry(path: str) -> None:
         os.mkdir(f"{slot_directory}/run")
 
 
-def begin_to_leave(host_id: str, slot_directory: str, token: int) -> None:
-    """Let nothing more be started under a token. The name that is made is above its own and below the next one's."""
+def begin_to_leave(host_id: str, slot_directory: str, token: int) -> list[int]:
+    """Let nothing more be started under a token, and do as `kill_registered`.
+
+    The name that is made is above the token's own and below the next one's.
+    """
     _remove_strangers(slot_directory)
     require_highest(host_id, slot_directory, token)
     # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
     os.makedirs(f"{slot_directory}/fence/{padded(token)}~left.{boot_id()}", exist_ok=True)
+    return kill_registered(slot_directory, token)
 
 
 def require_highest(

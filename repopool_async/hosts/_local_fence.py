@@ -3,6 +3,7 @@
 What is registered under a token is found in the slot's directory, what left its group by the mark that it inherited.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from repopool_async._aio import Deadline, in_thread, shielded
@@ -26,7 +27,8 @@ async def enter(
 
     async def enter_and_kill() -> None:
         await in_thread(_fence.begin_to_enter, host_id, slot_directory, token)
-        await _kill_until(passes, host_id, slot_directory, token - 1)
+        stuck = await in_thread(_fence.kill_registered, slot_directory, token - 1)
+        await _kill_strays(passes, host_id, slot_directory, token - 1, stuck)
         await in_thread(_fence.finish_entering, host_id, slot_directory, token, session_directory)
 
     await shielded(enter_and_kill(), name="enter")
@@ -36,8 +38,8 @@ async def leave(passes: Passes, host_id: str, slot_directory: str, token: int) -
     """See `Host.leave`."""
 
     async def leave_and_kill() -> None:
-        await in_thread(_fence.begin_to_leave, host_id, slot_directory, token)
-        await _kill_until(passes, host_id, slot_directory, token)
+        stuck = await in_thread(_fence.begin_to_leave, host_id, slot_directory, token)
+        await _kill_strays(passes, host_id, slot_directory, token, stuck)
         # Who was overtaken meanwhile must not take the slot for its own.
         await in_thread(_fence.require_highest, host_id, slot_directory, token)
 
@@ -50,12 +52,21 @@ async def kill_until(passes: Passes, host_id: str, slot_directory: str, last: in
     Raises:
         UnkillableError: something does not die.
     """
-    await shielded(_kill_until(passes, host_id, slot_directory, last), name="kill")
+
+    async def kill() -> None:
+        stuck = await in_thread(_fence.kill_registered, slot_directory, last)
+        await _kill_strays(passes, host_id, slot_directory, last, stuck)
+
+    await shielded(kill(), name="kill")
 
 
-async def _kill_until(passes: Passes, host_id: str, slot_directory: str, last: int) -> None:
-    stuck = await in_thread(_fence.kill_registered, slot_directory, last)
-    stuck += await _kill_strays(passes, fence_key(slot_directory), last)
+async def _kill_strays(passes: Passes, host_id: str, slot_directory: str, last: int, stuck: Sequence[int]) -> None:
+    """Kill those that left their group.
+
+    Args:
+        stuck: what else does not die.
+    """
+    stuck = [*stuck, *await _end_strays(passes, fence_key(slot_directory), last)]
     if stuck:
         pids = " ".join(map(str, stuck))
         raise UnkillableError(
@@ -63,8 +74,7 @@ async def _kill_until(passes: Passes, host_id: str, slot_directory: str, last: i
         )
 
 
-async def _kill_strays(passes: Passes, key: str, last: int) -> list[int]:
-    """Kill those that left their group; return what does not die."""
+async def _end_strays(passes: Passes, key: str, last: int) -> list[int]:
     for _ in range(_ROUNDS):
         with MarkSearch(f"REPOPOOL_FENCE={key}.", last=last) as search:
             await passes.answer(search)

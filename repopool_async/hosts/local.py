@@ -265,7 +265,9 @@ class LocalHost:
 
     async def remove_tree(self, path: str, *, is_urgent: bool = True) -> None:
         """See `Host.remove_tree`."""
-        if not is_urgent and await in_thread(_removal.is_large, path):
+        if not is_urgent:
+            if await self._change([path], _removal.remove_unless_large, path):
+                return
             await _remove_gently(path)  # what it could not remove is left to what can
         await self._change([path], _removal.remove_tree, path)
 
