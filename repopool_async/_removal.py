@@ -90,6 +90,14 @@ def is_large(path: str) -> bool:
     return seen >= _LARGE
 
 
+def remove_unless_large(path: str) -> bool:
+    """Do as `remove_tree` where there is not much; return whether that was so."""
+    if is_large(path):
+        return False
+    remove_tree(path)
+    return True
+
+
 class _Removal:
     """One pass of `remove_tree`: holds one descriptor at a time, so depth costs neither descriptors nor recursion."""
 

@@ -174,14 +174,17 @@ class SlotCleaner:
         seal = await self._strategy(slot).seal(slot, wanted, keeps_mark=True)
         return await self._logged(log.result(wanted, work, seal))
 
-    async def ending(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, "Left"]]:
+    async def ending(self, slot: Slot, *, looks: bool) -> Callable[[], Coroutine[Any, Any, "Left"]]:
         """Return what `cleanup_after_release` begins with, as a piece of work that asks the host once.
 
-        It ends what the last lease left running and looks at the tree, so that both can be joined with what has to come
-        before. What it cannot see is seen, or reported, by the cleaning.
+        It ends what the last lease left running, so that this can be joined with what has to come before. What it
+        cannot see is seen, or reported, by the cleaning.
+
+        Args:
+            looks: whether to look at the tree as well.
         """
         ending = await self._ending_processes(slot)
-        looking = await self._looking(slot)
+        looking = await self._looking(slot) if looks else None
 
         async def end_and_look() -> Left:
             ended: asyncio.Future[EndedProcesses] | None = None

@@ -127,11 +127,19 @@ class SlotKeeper:
         Args:
             looks: whether to end its lease, and to look at what that left, together with leaving the slot on its host.
         """
+        left: Left | None = None
         try:
-            async with self._pool.at_work(slot):
-                slot, left = await self._leave(hold, looks_at=slot if looks else None)
-                with upkeep(guard_of(slot)):
-                    slot, result = await self._do(hold, slot, work, left)
+            async with self._pool.hosts.expected_to_answer(slot.host_id):
+                parts = self._pool.parts.of(slot)
+                if parts.is_here:
+                    # Before its turn: who still runs is found out once for all slots that come back together, and one
+                    # that is slow to end keeps no other slot waiting.
+                    slot, left = await self._leave(hold, ends=slot if looks else None)
+                async with parts.cleaning:
+                    if not parts.is_here:  # where asking costs more than looking, the tree is looked at as well
+                        slot, left = await self._leave(hold, ends=slot if looks else None, looks=True)
+                    with upkeep(guard_of(slot)):
+                        slot, result = await self._do(hold, slot, work, left)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
                 with upkeep(guard_of(slot)):
                     await self._remove_held(hold)
@@ -156,11 +164,11 @@ class SlotKeeper:
                 self._holds.pop(slot.slot_id)
             self._pool.changed.set()
 
-    async def _leave(self, hold: Hold, *, looks_at: Slot | None = None) -> tuple[Slot, Left | None]:
+    async def _leave(self, hold: Hold, *, ends: Slot | None = None, looks: bool = False) -> tuple[Slot, Left | None]:
         parts = self._pool.parts.of(hold.slot)
-        if looks_at is None:
+        if ends is None:
             return await leave(parts.host, self._pool.parts.coordinator, hold), None
-        ending = await parts.cleaner.ending(looks_at)
+        ending = await parts.cleaner.ending(ends, looks=looks)
         slot, left = await leave_and(parts.host, self._pool.parts.coordinator, hold, ending)
         return slot, None if self._is_due(slot.unsaved) else left
 

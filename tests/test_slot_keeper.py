@@ -1,12 +1,18 @@
-"""Two managers that remove, lease and mend the same slots at once: who comes second minds neither."""
+"""Slots that come back together, and two managers that remove, lease and mend the same ones at once."""
 
+import asyncio
+import os
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from repopool_async import LeasedSlot, PoolConfig, PoolManager, SlotState
+from repopool_async.hosts.local import LocalHost
+from repopool_async.slot_cleaner import LEASE_MARK
 from repopool_async.slot_keeper import SlotKeeper
 
 
@@ -80,3 +86,29 @@ async def test_looking_passes_over_slots_that_are_removed_meanwhile(
     be_faster(monkeypatch, keeper, "_check_slot", other.remove_slot)
     assert await manager.check("web") == {}
     assert await slot_ids(manager) == []
+
+
+async def test_what_is_slow_to_end_in_one_slot_keeps_no_other_slot_waiting(
+    manager: PoolManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalHost, "end_processes", partialmethod(LocalHost.end_processes, grace_seconds=60))
+    slow, quick = [await manager.allocate_slot("web") for _ in range(2)]
+    assert slow is not None
+    assert quick is not None
+    keeper = (await manager.get_pool("web")).keeper
+    cleaning = keeper._pool.parts.of((await manager.list_slots("web"))[0]).cleaning
+    while cleaning._value > 1:
+        await cleaning.acquire()
+    # The lease's, but not registered with it: asked to end, and not killed at once.
+    argv = ["sh", "-c", "trap '' TERM; echo ready; read -r never"]
+    environment = {**os.environ, LEASE_MARK: slow.lease_id}
+    with subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stubborn:
+        assert stubborn.stdout is not None
+        stubborn.stdout.readline()
+        async with asyncio.TaskGroup() as group:
+            slowly = group.create_task(manager.release_slot(slow))
+            await asyncio.sleep(0)
+            await manager.release_slot(quick)
+            assert not slowly.done()
+            stubborn.kill()
+    assert [slot.state for slot in await manager.list_slots("web")] == [SlotState.AVAILABLE] * 3

@@ -1,7 +1,8 @@
 """The fence of slots on this machine: the same files, and the same rules, as `remote/fence.sh` keeps on others.
 
 A directory may be used locally today and over SSH tomorrow, or both ways at once. Synchronous; for one thread hop each.
-What a lease is, and who may have one, is decided elsewhere: here only what the slot's directory says counts.
+What a lease is, and who may have one, is decided elsewhere: here only what the slot's directory says counts. Who bears
+a token's mark without being registered is `_local_fence`'s business.
 """
 # Paths are text here, as in the protocol.
 # ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH118, PTH123, PTH208
@@ -24,8 +25,7 @@ from repopool_async._aio import Deadline
 from repopool_async._files import write_atomic
 from repopool_async._identity import boot_id, process_start_time
 from repopool_async._process import _Group, start_detached
-from repopool_async.exceptions import FencedError, UnkillableError
-from repopool_async.hosts import _marked
+from repopool_async.exceptions import FencedError
 from repopool_async.hosts._scripts import fence_key, fence_mark, fenced, library, padded, quote
 from repopool_async.hosts.base import Guard
 
@@ -34,7 +34,6 @@ REFUSED: Final = 99
 WATCH_TICKS: Final = 4
 _DYING_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.005
-_ROUNDS: Final = 50
 _NAME: Final = re.compile(r"000[0-9]{17}(~.*)?", re.DOTALL)
 """What a token is called, and what is said of it; other names in a fence are a lessee's."""
 _REGISTERED: Final = re.compile(r"([0-9]+)\.([0-9]+)")
@@ -50,23 +49,30 @@ def _top(names: Iterable[str]) -> str:
     return max(filter(_NAME.fullmatch, names), default="")
 
 
-def enter(host_id: str, slot_directory: str, token: int, session_directory: str | None, kills: bool) -> None:
-    """See `Host.enter`; on the way of every lease, so it asks the file system for nothing twice."""
-    name = padded(token)
-    own = f"{slot_directory}/fence/{name}"
+def enter(host_id: str, slot_directory: str, token: int, session_directory: str | None) -> None:
+    """See `Host.enter`; ends nothing. On the way of every lease, so it asks the file system for nothing twice."""
+    begin_to_enter(host_id, slot_directory, token)
+    finish_entering(host_id, slot_directory, token, session_directory)
+
+
+def begin_to_enter(host_id: str, slot_directory: str, token: int) -> None:
+    """Take the slot for a token, under which nothing can be started yet."""
     _remove_strangers(slot_directory)
-    _require_highest(host_id, slot_directory, token)
+    require_highest(host_id, slot_directory, token)
     try:
-        _make_entry(own)
+        _make_entry(f"{slot_directory}/fence/{padded(token)}")
     except FileExistsError:
         raise fenced(slot_directory, token, top_of(slot_directory), host_id=host_id, is_used=True) from None
-    if kills:
-        kill_until(host_id, slot_directory, token - 1)
+
+
+def finish_entering(host_id: str, slot_directory: str, token: int, session_directory: str | None) -> None:
+    """Let commands be started under a token."""
+    name = padded(token)
     # Not by renaming: one that reads half of it is refused, and nobody can run yet who knows this token.
-    with open(f"{own}/boot", "wb") as file:
+    with open(f"{slot_directory}/fence/{name}/boot", "wb") as file:
         file.write(f"{boot_id()}\n".encode())
     names = _names(f"{slot_directory}/fence")
-    _require_highest(host_id, slot_directory, token, names=names, is_entered=True)
+    require_highest(host_id, slot_directory, token, names=names, is_entered=True)
     _remove_lower(slot_directory, token, names)
     if session_directory is not None:
         _join_session(session_directory, slot_directory, name)
@@ -92,20 +98,22 @@ def _make_entry(path: str) -> None:
         os.mkdir(f"{slot_directory}/run")
 
 
-def leave(host_id: str, slot_directory: str, token: int) -> None:
-    """See `Host.leave`. The name that is made is above the token's own and below the next one's."""
+def begin_to_leave(host_id: str, slot_directory: str, token: int) -> list[int]:
+    """Let nothing more be started under a token, and do as `kill_registered`.
+
+    The name that is made is above the token's own and below the next one's.
+    """
     _remove_strangers(slot_directory)
-    _require_highest(host_id, slot_directory, token)
+    require_highest(host_id, slot_directory, token)
     # The boot is part of the name: on a full disk, which this lease may have filled, nothing more can be written.
     os.makedirs(f"{slot_directory}/fence/{padded(token)}~left.{boot_id()}", exist_ok=True)
-    kill_until(host_id, slot_directory, token)
-    # Who was overtaken meanwhile must not take the slot for its own.
-    _require_highest(host_id, slot_directory, token)
+    return kill_registered(slot_directory, token)
 
 
-def _require_highest(
+def require_highest(
     host_id: str, slot_directory: str, token: int, *, names: Sequence[str] | None = None, is_entered: bool = False
 ) -> None:
+    """Refuse to go on under a token where somebody has come with a higher one."""
     top = top_of(slot_directory) if names is None else _top(names)
     if _number(top) > token or (is_entered and top != padded(token)):
         raise fenced(slot_directory, token, top, host_id=host_id)
@@ -139,8 +147,8 @@ def require_upkeep(host_id: str, guard: Guard) -> None:
     require_present(host_id, guard)
 
 
-def kill_until(host_id: str, slot_directory: str, last: int) -> None:
-    """End what is registered in a slot under tokens up to one, and what bears their mark."""
+def kill_registered(slot_directory: str, last: int) -> list[int]:
+    """End what is registered in a slot under tokens up to one; return what does not die."""
     _remove_strangers(slot_directory)
     stuck = []
     for registered in _registered(slot_directory, last):
@@ -148,12 +156,7 @@ def kill_until(host_id: str, slot_directory: str, last: int) -> None:
             registered.forget()
         else:
             stuck.append(registered.pid)
-    stuck += _kill_strays(fence_key(slot_directory), last)
-    if stuck:
-        pids = " ".join(map(str, stuck))
-        raise UnkillableError(
-            f"{slot_directory} on host {host_id}: processes do not die: {pids}; look at them there, then repair_slot"
-        )
+    return stuck
 
 
 @attrs.frozen
@@ -200,21 +203,6 @@ def _registered(slot_directory: str, last: int) -> Iterator[_Registered]:
         # One that has not finished registering has yet to look at the fence.
         if boot or process_start_time(int(match[2])) is None:
             yield _Registered(path, int(match[2]), start_time, boot)
-
-
-def _kill_strays(key: str, last: int) -> list[int]:
-    """Kill those that left their group, found by the mark they inherited; return what does not die."""
-    for _ in range(_ROUNDS):
-        with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(target) for target in _marked.find_variable(f"REPOPOOL_FENCE={key}.", last)]
-            if not found:
-                break
-            for target in found:
-                target.signal(signal.SIGKILL)
-            rest = _marked.wait_gone(found, Deadline.after(_DYING_SECONDS))
-            if rest:
-                return [target.pid for target in rest]
-    return []
 
 
 # -- commands under a guard --------------------------------------------------------------------------------------

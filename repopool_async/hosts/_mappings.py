@@ -21,10 +21,14 @@ _SHARED: Final = 0x08
 _THIS_OR_NEXT: Final = 0x10
 _OF_A_FILE: Final = 0x20
 _NAME_BYTES: Final = 4096
+_FLAGS_END: Final = 40
+"""Where the flags of a listed mapping, which follow two addresses, have ended in any case."""
 
 
-def shares_memory_with(own: str, root: str) -> bool:
-    """Return whether a process shares memory with a file below a directory, which needs no open descriptor.
+def files_shared_by(own: str) -> list[str]:
+    """Return the names, as the kernel has them, of the files that a process shares memory with.
+
+    That takes no open descriptor. A list that had to be read has newlines, and nothing else, as three octal digits.
 
     Args:
         own: the process's directory, or a thread's, below `/proc`.
@@ -32,14 +36,13 @@ def shares_memory_with(own: str, root: str) -> bool:
     try:
         descriptor = os.open(f"{own}/maps", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return []
     try:
-        prefix = os.fsencode(root) + b"/"
-        return any(name.startswith(prefix) for name in _named_by_kernel(descriptor))
+        return [os.fsdecode(name) for name in _named_by_kernel(descriptor)]
     except ProcessLookupError:  # it has ended, or is the kernel's own
-        return False
+        return []
     except OSError:  # the kernel does not know the question
-        return _is_among(read(f"{own}/maps"), root)
+        return [os.fsdecode(name) for name in _listed(read(f"{own}/maps"))]
     finally:
         os.close(descriptor)
 
@@ -66,11 +69,9 @@ def _named_by_kernel(descriptor: int) -> Iterator[bytes]:
         yield name.tobytes()[: told[11]].rstrip(b"\0")
 
 
-def _is_among(maps: bytes, root: str) -> bool:
-    # The kernel writes newlines, and nothing else, as three octal digits.
-    prefix = os.fsencode(root).replace(b"\n", rb"\012") + b"/"
-    return prefix in maps and any(
-        fields[1][3:4] == b"s" and fields[5].startswith(prefix)
-        for line in maps.splitlines()
-        if len(fields := line.split(maxsplit=5)) > 5
-    )
+def _listed(maps: bytes) -> Iterator[bytes]:
+    for line in maps.splitlines():
+        # Most are private, and not worth being taken apart.
+        fields = line.split(maxsplit=5) if b"s " in line[:_FLAGS_END] else ()
+        if len(fields) > 5:
+            yield fields[5]

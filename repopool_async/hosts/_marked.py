@@ -1,88 +1,114 @@
-"""Who runs on this machine on behalf of a lease, and who else stands in a tree: found through /proc, ended by pidfd.
+"""Who runs on this machine on behalf of a lease: found through /proc, for many leases at once, and ended by pidfd.
 
 A lease's mark is in the environment of everything started under it and is inherited by what that starts, whatever
 session or parent it moves to. Synchronous; for one thread hop. Where there is no /proc nothing is found. What a mark
-means is not known here.
+means is not known here, nor which processes are looked at.
 """
-# Paths are text here: thousands of them are read, and most are gone before they are.
 
 import contextlib
 import os
 import select
 import signal
 import time
-from collections.abc import Iterator
-from typing import Final, Self
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import Final
 
 import attrs
 
-from repopool_async._aio import Deadline, in_turn
+from repopool_async._aio import Deadline
 from repopool_async._identity import process_start_time
-from repopool_async.hosts._bystanders import find_bystanders
-from repopool_async.hosts._proc import contents, names_in, pids, read
-from repopool_async.hosts.base import EndedProcesses
+from repopool_async.hosts._proc import contents, names_in, read
+from repopool_async.hosts._search import Search
 
-_KILL_SECONDS: Final = 3.0
-"""How long, beyond the grace period, the killed may take to die and to stop breeding."""
+_DIGITS: Final = 20
+"""As many as numbers in marks have at most; Python refuses to read one of thousands."""
 _POLL_SECONDS: Final = 0.005
 _EXEC_SECONDS: Final = 0.2
 _KERNEL_THREAD: Final = 0x00200000
 _EXITING: Final = 0x00000004
 
 
-def end_processes(
-    mark: str, tree: str | None, grace_seconds: float, since: float | None = None, group: int | None = None
-) -> EndedProcesses:
-    """See `Host.end_processes`; takes at most the grace period and three seconds.
+@attrs.define(eq=False)
+class MarkSearch(Search):
+    """A search for those that bear a mark, which is a variable in their environment or a group they were put in.
 
-    A marked process that cannot be ended (another user's, stuck in the kernel) is named among the bystanders.
+    Attributes:
+        variable: a whole `NAME=value`. last: where given, only the first part, which ends in a dot and is followed by
+            a number not above this. group: of the kernel's.
+        targets: those found, each taken hold of until the search is left.
     """
-    killed, survivors = _end_marked(_Mark(os.fsencode(mark), group), grace_seconds)
-    bystanders: tuple[str, ...] = ()
-    if tree is not None:
-        with in_turn:
-            bystanders = tuple(find_bystanders(tree, survivors, since))
-    return EndedProcesses(killed=tuple(sorted(killed)), bystanders=bystanders, survivors=tuple(sorted(survivors)))
+
+    variable: str
+    last: int | None = attrs.field(default=None, kw_only=True)
+    group: int | None = attrs.field(default=None, kw_only=True)
+    targets: list["Target"] = attrs.field(factory=list, init=False)
+
+    def clear(self) -> None:
+        """See `Search.clear`."""
+        while self.targets:
+            self.targets.pop().close()
+
+    def is_for(self, number: bytes) -> bool:
+        """Return whether what follows the first part of the mark is one of the numbers."""
+        return self.last is not None and number.isdigit() and len(number) <= _DIGITS and int(number) <= self.last
 
 
-@attrs.frozen
-class _Mark:
-    """What a lease's processes are known by: a variable in their environment, or a group they were put in."""
+class Marked:
+    """Looks at one process after the other for any number of searches; what each shows is read once for all."""
 
-    variable: bytes
-    group: int | None
+    def __init__(self, searches: Sequence[MarkSearch]) -> None:
+        self._by_variable: dict[bytes, list[MarkSearch]] = {}
+        self._by_first_part: dict[bytes, list[MarkSearch]] = {}
+        self._by_group: dict[bytes, list[MarkSearch]] = {}
+        for search in searches:
+            by_text = self._by_variable if search.last is None else self._by_first_part
+            by_text.setdefault(os.fsencode(search.variable), []).append(search)
+            if search.group is not None:
+                self._by_group.setdefault(str(search.group).encode(), []).append(search)
+        # Most bear no mark at all, and are done with at once.
+        self._common = os.fsencode(commonprefix([search.variable for search in searches]))  # noqa: RUF071 - of texts
+
+    def look_at(self, pid: int) -> None:
+        """Take hold of a process for those searches whose mark it bears."""
+        for search in self._concerned_by(pid):
+            start_time = process_start_time(pid)
+            target = Target(pid, start_time or 0, _open_pidfd(pid))
+            # Once more: what the mark was seen on may have ended before it was taken hold of, and the pid be another's.
+            if search in self._concerned_by(pid) and not target.is_gone():
+                search.targets.append(target)
+            else:
+                target.close()
+
+    def _concerned_by(self, pid: int) -> set[MarkSearch]:
+        concerned: set[MarkSearch] = set()
+        environment = _environment(pid)
+        if self._common in environment:
+            for text in environment.split(b"\0"):
+                concerned.update(self._by_variable.get(text, ()))
+                first_part, dot, number = text.rpartition(b".")
+                concerned.update(s for s in self._by_first_part.get(first_part + dot, ()) if s.is_for(number))
+        for group in _groups(pid) if self._by_group else ():
+            concerned.update(self._by_group.get(group, ()))
+        return concerned
 
 
-def _end_marked(mark: _Mark, grace_seconds: float) -> tuple[set[int], list[int]]:
-    """End what bears the mark, and what that starts meanwhile, until there is none; return the dead and the rest."""
-    grace, limit = Deadline.after(grace_seconds), Deadline.after(grace_seconds + _KILL_SECONDS)
-    killed: set[int] = set()
-    while True:
-        with contextlib.ExitStack() as stack:
-            targets = [stack.enter_context(target) for target in _find_marked(mark)]
-            if not targets:
-                return killed, []
-            rest = _end(targets, grace, limit)
-            killed.update(target.pid for target in targets if target not in rest)
-            if limit.is_expired:
-                return killed, [target.pid for target in rest]
-            if len(rest) == len(targets):
-                # Nothing more can be done to these; newcomers must not be looked for without a pause.
-                time.sleep(_POLL_SECONDS)
-
-
-def _end(targets: list["_Target"], grace: Deadline, limit: Deadline) -> list["_Target"]:
-    """Ask, wait for the grace period, force; return who still lives."""
+def end(targets: list["Target"], grace: Deadline, limit: Deadline) -> list["Target"]:
+    """Ask, wait for the grace period, force; return who still lives at the limit."""
     for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process does not see the first without the second
         for target in targets:
             target.signal(number)
-    rest = wait_gone(targets, grace)
-    for target in rest:
+    return kill(_wait_gone(targets, grace), limit)
+
+
+def kill(targets: list["Target"], limit: Deadline) -> list["Target"]:
+    """Force; return who still lives at the limit."""
+    for target in targets:
         target.signal(signal.SIGKILL)
-    return wait_gone(rest, limit)
+    return _wait_gone(targets, limit)
 
 
-def wait_gone(targets: list["_Target"], deadline: Deadline) -> list["_Target"]:
+def _wait_gone(targets: list["Target"], deadline: Deadline) -> list["Target"]:
     """Wait until processes have ended; return those that have not by then."""
     rest = [target for target in targets if not target.is_gone()]
     while rest and not deadline.is_expired:
@@ -92,17 +118,15 @@ def wait_gone(targets: list["_Target"], deadline: Deadline) -> list["_Target"]:
 
 
 @attrs.define
-class _Target:
+class Target:
     """A process that can be signalled without ever hitting another that got its pid later."""
 
     pid: int
     start_time: int
     descriptor: int | None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Let go of it."""
         if self.descriptor is not None:
             os.close(self.descriptor)
 
@@ -134,62 +158,13 @@ class _Target:
         return bool(poll.poll(seconds * 1000))
 
 
-def _others() -> Iterator[int]:
-    """Name every process but this one, those started while we look included: heirs of some that ended unseen."""
-    seen = {os.getpid()}
-    while unseen := [pid for pid in pids() if pid not in seen]:
-        seen.update(unseen)
-        yield from unseen
-
-
-def _find_marked(mark: _Mark) -> list[_Target]:
-    with in_turn:
-        return [target for pid in _others() if (target := _marked(pid, mark)) is not None]
-
-
-def _marked(pid: int, mark: _Mark) -> _Target | None:
-    if not _bears(pid, mark):
-        return None
-    start_time = process_start_time(pid)
-    target = _Target(pid, start_time or 0, _open_pidfd(pid))
-    # Read once more: what the mark was seen on may have ended before it was taken hold of, and the pid be another's.
-    if _bears(pid, mark) and not target.is_gone():
-        return target
-    target.__exit__()
-    return None
-
-
-def _bears(pid: int, mark: _Mark) -> bool:
-    return (mark.group is not None and _is_in_group(pid, mark.group)) or _has_variable(pid, mark.variable)
-
-
-def find_variable(prefix: str, last: int) -> list[_Target]:
-    """Find the processes in whose environment a variable's text is a prefix and a number not above `last`."""
-    start = os.fsencode(prefix)
-    found = []
-    with in_turn:
-        for pid in _others():
-            environment = _environment(pid)
-            for text in environment.split(b"\0") if start in environment else ():
-                number = text.removeprefix(start)
-                is_ours = text.startswith(start) and number.isdigit() and int(number) <= last
-                target = _marked(pid, _Mark(text, None)) if is_ours else None
-                found += [target] if target is not None else []
-    return found
-
-
-def _is_in_group(pid: int, group: int) -> bool:
+def _groups(pid: int) -> set[bytes]:
+    """Return the groups of a process; none of one of which no thread runs any more."""
     status = read(f"/proc/{pid}/status")
-    number = str(group).encode()
-    if number not in status or (b"\nState:\tZ" in status and len(names_in(f"/proc/{pid}/task")) < 2):
-        return False
+    if b"\nState:\tZ" in status and len(names_in(f"/proc/{pid}/task")) < 2:
+        return set()
     lines = (line.partition(b":") for line in status.splitlines())
-    return any(name in (b"Gid", b"Groups") and number in value.split() for name, _, value in lines)
-
-
-def _has_variable(pid: int, mark: bytes) -> bool:
-    environment = _environment(pid)
-    return mark in environment and mark in environment.split(b"\0")
+    return {group for name, _, value in lines if name in (b"Gid", b"Groups") for group in value.split()}
 
 
 def _environment(pid: int) -> bytes:

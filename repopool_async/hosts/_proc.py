@@ -16,6 +16,14 @@ def pids() -> Iterator[int]:
     return (int(name) for name in names_in("/proc") if name.isdecimal())
 
 
+def batches_of_pids() -> Iterator[list[int]]:
+    """Name every process there is, then those started while these were looked at, and so on until there are none."""
+    seen: set[int] = set()
+    while unseen := [pid for pid in pids() if pid not in seen]:
+        seen.update(unseen)
+        yield unseen
+
+
 def names_in(path: str) -> list[str]:
     try:
         return os.listdir(path)

@@ -8,7 +8,7 @@ belongs in the tree, and that all of it was there at that moment: nothing comes,
 import functools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from repopool_async._aio import in_thread, together
@@ -17,14 +17,20 @@ from repopool_async._process import run_process
 from repopool_async.hosts._tree import Inspection
 from repopool_async.hosts.base import Known, Settled, TreeInspection
 
-MANY_FILES: Final = 5000
+MANY_FILES: Final = 2000
 """From how many files on starting programs pays."""
+FILES_EACH: Final = 1000
+"""For how many it pays to start one."""
 FEW_DIRECTORIES: Final = 20
 """Up to how many directories are gone through without."""
 _PROCESSES: Final = min(4, os.cpu_count() or 1)
+"""At most, of all trees that are looked at together, but for one of each."""
 _ARGUMENT_BYTES: Final = 100_000
 _REPORT: Final = ("-printf", r"%p\0")
 _TIMEOUT_SECONDS: Final = 600.0
+
+_underway: Final[list[str]] = []
+"""The trees that are being looked at."""
 
 
 async def inspect_tree(root: str, since_ns: int, settled: Settled | None, known: Known) -> TreeInspection | None:
@@ -34,16 +40,25 @@ async def inspect_tree(root: str, since_ns: int, settled: Settled | None, known:
         return None
     inspection = Inspection(root, since_ns, settled, known=known)
     pending = await in_thread(inspection.begin)
-    while len(pending) > FEW_DIRECTORIES and sum(map(len, pending)) < _ARGUMENT_BYTES:
-        changed: list[str] = []
-        parts = [pending[number::_PROCESSES] for number in range(min(_PROCESSES, len(pending)))]
-        try:
+    _underway.append(root)
+    try:
+        while len(pending) > FEW_DIRECTORIES and sum(map(len, pending)) < _ARGUMENT_BYTES:
+            changed: list[str] = []
+            parts = _parts(pending, known.file_count)
             await together(*(functools.partial(_find, program, root, since_ns, part, changed) for part in parts))
-        except _UnusableError:
-            return None
-        pending = await in_thread(inspection.look_at, changed, frozenset(pending))
+            pending = await in_thread(inspection.look_at, changed, frozenset(pending))
+    except _UnusableError:
+        return None
+    finally:
+        _underway.remove(root)
     await in_thread(inspection.enter, pending)
     return inspection.result()
+
+
+def _parts(directories: Sequence[str], file_count: int) -> list[Sequence[str]]:
+    """Divide directories among as many programs as it pays to start now."""
+    count = max(1, min(_PROCESSES // len(_underway), file_count // FILES_EACH, len(directories)))
+    return [directories[number::count] for number in range(count)]
 
 
 class _UnusableError(Exception):

@@ -1,7 +1,8 @@
 """This machine as a host: its processes, its files, its process table.
 
 Every file operation is one hop to a worker thread, which finishes even when the caller is cancelled; what the hops do
-is written in `_files`, `_tree` and `_marked`, how commands run in `_process`. Nothing here knows of git or slots.
+is written in `_files`, `_tree` and `_fence`, how commands run in `_process`, how processes are found in `_passes`.
+Nothing here knows of git or slots.
 """
 # Paths are text here, as in the protocol: they may hold undecodable bytes and belong to whichever host.
 # ruff: noqa: PTH103, PTH105, PTH108, PTH118, PTH208
@@ -22,11 +23,13 @@ import anyio
 import attrs
 
 from repopool_async import _files, _mounts, _removal
-from repopool_async._aio import Deadline, in_thread
+from repopool_async._aio import Deadline, in_thread, shielded
 from repopool_async._clock import wall_minus_boot_ns
 from repopool_async._identity import boot_id
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _collect, _fence, _marked, _moves, _ownership, _survey, _tree
+from repopool_async.hosts import _collect, _fence, _local_fence, _moves, _ownership, _survey, _tree
+from repopool_async.hosts._ending import end_processes
+from repopool_async.hosts._passes import Passes
 from repopool_async.hosts._scripts import session_name
 from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
@@ -94,6 +97,7 @@ class LocalHost:
         self._limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
             weakref.WeakKeyDictionary()
         )
+        self._passes_of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Passes] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"LocalHost({self._id!r}, max_processes={self._max_processes})"
@@ -261,7 +265,9 @@ class LocalHost:
 
     async def remove_tree(self, path: str, *, is_urgent: bool = True) -> None:
         """See `Host.remove_tree`."""
-        if not is_urgent and await in_thread(_removal.is_large, path):
+        if not is_urgent:
+            if await self._change([path], _removal.remove_unless_large, path):
+                return
             await _remove_gently(path)  # what it could not remove is left to what can
         await self._change([path], _removal.remove_tree, path)
 
@@ -356,22 +362,26 @@ class LocalHost:
     ) -> EndedProcesses:
         """See `Host.end_processes`; finds nobody where there is no /proc."""
         seconds = since.seconds if since is not None and since.boot_id == boot_id() else None
-        return await in_thread(_marked.end_processes, mark, tree, grace_seconds, seconds, group)
+        ending = end_processes(self._passes(), mark, tree=tree, grace_seconds=grace_seconds, since=seconds, group=group)
+        return await shielded(ending, name="end-processes")
+
+    def _passes(self) -> Passes:
+        return self._passes_of.setdefault(asyncio.get_running_loop(), Passes())
 
     # -- the fence -----------------------------------------------------------------------------------------------
 
     async def enter(self, slot_directory: str, token: int, session: str | None, *, kills: bool = True) -> None:
         """See `Host.enter`."""
         directory = None if session is None else self._session_directory(session)
-        await in_thread(_fence.enter, self._id, slot_directory, token, directory, kills)
+        await _local_fence.enter(self._passes(), self._id, slot_directory, token, directory, kills=kills)
 
     async def leave(self, slot_directory: str, token: int) -> None:
         """See `Host.leave`."""
-        await in_thread(_fence.leave, self._id, slot_directory, token)
+        await _local_fence.leave(self._passes(), self._id, slot_directory, token)
 
     async def kill(self, slot_directory: str, below: int) -> None:
         """See `Host.kill`."""
-        await in_thread(_fence.kill_until, self._id, slot_directory, below - 1)
+        await _local_fence.kill_until(self._passes(), self._id, slot_directory, below - 1)
 
     async def beat(self, session: str) -> None:
         """See `Host.beat`."""

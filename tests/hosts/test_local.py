@@ -213,18 +213,18 @@ async def test_much_that_is_not_urgent_is_deleted_too_whatever_its_modes(tmp_pat
 # Leaving a fence while somebody else takes the slot over
 
 
-def test_who_is_overtaken_while_it_leaves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot = str(tmp_path)
-    _fence.enter("local", slot, 1, None, kills=False)
-    end = _fence.kill_until
+async def test_who_is_overtaken_while_it_leaves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, host = str(tmp_path), LocalHost()
+    await host.enter(slot, 1, None, kills=False)
+    end = _fence.kill_registered
 
-    def overtaken(host_id: str, slot_directory: str, last: int) -> None:
-        end(host_id, slot_directory, last)
-        _fence.enter("local", slot, 2, None, kills=False)
+    def overtaken(slot_directory: str, last: int) -> list[int]:
+        _fence.enter("local", slot, 2, None)
+        return end(slot_directory, last)
 
-    monkeypatch.setattr(_fence, "kill_until", overtaken)
+    monkeypatch.setattr(_fence, "kill_registered", overtaken)
     with pytest.raises(FencedError) as caught:
-        _fence.leave("local", slot, 1)
+        await host.leave(slot, 1)
     assert caught.value.top == 2
     assert _fence.top_of(slot) == padded(2)
 

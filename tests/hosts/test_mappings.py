@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from repopool_async.hosts import _mappings
+from repopool_async.hosts._places import Places
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="there is no /proc here")
 
@@ -30,17 +31,22 @@ def mapped(path: Path, access: int = mmap.ACCESS_WRITE) -> Iterator[None]:
         yield
 
 
+def shares_memory_with(own: str, root: str) -> bool:
+    places = Places([(root, True)])
+    return any(places.of(name) for name in _mappings.files_shared_by(own))
+
+
 @pytest.mark.parametrize("name", ["file", "with space", "with\nline break", "gone (deleted)", "ü\x01\\012"])
 def test_a_file_below_is_told_whatever_it_is_called(tmp_path: Path, name: str) -> None:
     root = tmp_path / name
     root.mkdir()
-    assert not _mappings.shares_memory_with("/proc/self", str(root))
+    assert not shares_memory_with("/proc/self", str(root))
     with mapped(root / "deep"):
-        assert _mappings.shares_memory_with("/proc/self", str(root))
-        assert _mappings.shares_memory_with(f"/proc/self/task/{threading.get_native_id()}", str(root))
+        assert shares_memory_with("/proc/self", str(root))
+        assert shares_memory_with(f"/proc/self/task/{threading.get_native_id()}", str(root))
         (root / "deep").unlink()
-        assert _mappings.shares_memory_with("/proc/self", str(root))
-    assert not _mappings.shares_memory_with("/proc/self", str(root))
+        assert shares_memory_with("/proc/self", str(root))
+    assert not shares_memory_with("/proc/self", str(root))
 
 
 def test_what_lies_beside_or_is_the_process_own_is_not(tmp_path: Path) -> None:
@@ -51,15 +57,15 @@ def test_what_lies_beside_or_is_the_process_own_is_not(tmp_path: Path) -> None:
         mapped(tmp_path / "tree\n"),
         mmap.mmap(-1, 4096),
     ):
-        assert not _mappings.shares_memory_with("/proc/self", str(tmp_path / "tree"))
-        assert _mappings.shares_memory_with("/proc/self", str(tmp_path))
+        assert not shares_memory_with("/proc/self", str(tmp_path / "tree"))
+        assert shares_memory_with("/proc/self", str(tmp_path))
 
 
 def test_one_of_many_is_found(tmp_path: Path) -> None:
     for name in ("tree", "other"):
         (tmp_path / name).mkdir()
     with mapped(tmp_path / "other/1"), mapped(tmp_path / "tree/2"), mapped(tmp_path / "other/3"):
-        assert _mappings.shares_memory_with("/proc/self", str(tmp_path / "tree"))
+        assert shares_memory_with("/proc/self", str(tmp_path / "tree"))
 
 
 def test_who_is_gone_shares_nothing() -> None:
@@ -67,9 +73,9 @@ def test_who_is_gone_shares_nothing() -> None:
     if pid == 0:
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert not _mappings.shares_memory_with(f"/proc/{pid}", "/")
+    assert not shares_memory_with(f"/proc/{pid}", "/")
     os.waitpid(pid, 0)
-    assert not _mappings.shares_memory_with(f"/proc/{pid}", "/")
+    assert not shares_memory_with(f"/proc/{pid}", "/")
 
 
 def test_the_kernel_names_what_its_list_has(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ FILES = ["top", "a/one", "a/two", "a/deep/er/three", "b/four", "b/-five", "c d/s
 def for_every_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_survey, "MANY_FILES", 0)
     monkeypatch.setattr(_survey, "FEW_DIRECTORIES", 0)
+    monkeypatch.setattr(_survey, "FILES_EACH", 1)
 
 
 @pytest.fixture
