@@ -133,9 +133,9 @@ class RemoteFiles:
         beside: str | None = None,
         only: Inode | None = None,
     ) -> TreeInspection:
-        """See `Host.inspect_tree`; flags of the file system's own (chattr) are not compared.
+        """See `Host.inspect_tree`; where a directory has other flags than a new one, the root counts as irregular.
 
-        A host without the GNU tools passes over nothing.
+        A host without the GNU tools passes over nothing; one without lsattr compares no flags.
         """
         if known is not None:
             raise _not_there(root)
@@ -168,7 +168,7 @@ class RemoteFiles:
         return int(answer.require(root))
 
     async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
-        """See `Host.move_directories`; flags (chattr) are not compared, and without the GNU tools nothing moves."""
+        """See `Host.move_directories`; without lsattr no flags are compared, without the GNU tools nothing moves."""
         flags = (await self._shell.tools()).flags if names else frozenset()
         if not flags >= _TOOLS_TO_MOVE:
             return ()

@@ -115,6 +115,7 @@ class _Reader:
             "passed_over": [],
         }
         self._has_root_changed = False
+        self._are_flags_odd = False
 
     def read(self, records: bytes, irregular: "_Irregular | None", *, is_exact: bool) -> TreeInspection:
         for record in records.split(b"\0"):
@@ -125,6 +126,8 @@ class _Reader:
         directories = [*self._found["changed_directories"], *self._found.pop("passed_over")]
         candidates = [*(["."] if self._has_root_changed or irregular else []), *directories]
         odd = [name for name in candidates if irregular is None or irregular.is_odd(name)]
+        if self._are_flags_odd and "." not in odd:
+            odd.insert(0, ".")  # whose they are is not told
         lists: dict[str, Any] = {name: tuple(found) for name, found in self._found.items()}
         return TreeInspection(entries=self._entries, irregular=tuple(odd), **lists)
 
@@ -133,6 +136,9 @@ class _Reader:
         match kind:
             case "u":
                 self._found["unlocked"].append(self._named(rest) or ".")
+                return
+            case "i":
+                self._are_flags_odd = True
                 return
             case "g":
                 depth, _, name = rest.partition(" ")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -325,6 +326,16 @@ class TestInspection:
         assert (await host.inspect_tree(str(tree), since_ns=2**62)).irregular == (".",)
         assert names_in(tree.parent) == ["tree"]
 
+    async def test_flags_of_the_file_system_are_told(self, host: Host, tree: Path, tmp_path: Path) -> None:
+        (tree / "new\nline").mkdir()
+        (tree / "flagged").mkdir()
+        _flag(tree / "flagged")
+        found = set((await host.inspect_tree(str(tree), since_ns=None)).irregular)
+        assert found in ({"flagged"}, {"."}), "where it is not told which, it is said of the root"
+        assert (await host.inspect_tree(str(tree), since_ns=2**62)).irregular == ()
+        names = ["flagged", "new\nline"]
+        assert await host.move_directories(str(tree), f"{tmp_path}/kept", names) == ("new\nline",)
+
     async def test_new_directories_are_what_they_are_beside_the_root(self, host: Host, tree: Path) -> None:
         tree.parent.chmod(0o2755)
         (tree / "unlike").mkdir()
@@ -352,6 +363,12 @@ class TestInspection:
             assert raised.value.errno == errno.EBUSY
             assert (tree / "mounted/file").exists()
         assert Path("/etc/passwd").exists()
+
+
+def _flag(path: Path) -> None:
+    done = subprocess.run(["chattr", "+d", path], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"the file system keeps no flags: {done.stderr}")
 
 
 @contextlib.contextmanager

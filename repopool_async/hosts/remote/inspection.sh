@@ -35,7 +35,9 @@ EOF
         ! -type d '(' ${since:--true} -o ! -type f ! -type l -o -type f -links +1 ')' \
             -printf 'e %y %n %C@ %.4352P\0' -o \
         ! -type d -printf '\0'
-    printf 's %s\0' $?
+    status=$?
+    have_flags_like "$fresh.changed" "$fresh" || printf 'i\0'
+    printf 's %s\0' $status
     if [ "$GNU_TAR" ]; then
         cat "$fresh.changed" >>"$fresh.names"
         tar --xattrs --xattrs-include='*' --acls --numeric-owner --format=pax -P --no-recursion -b 1 \

@@ -25,8 +25,9 @@ EOF
     return 1
 }
 
-# What a directory carries besides its mode, as one word. PATH
+# What a directory carries besides its mode, as a few words. PATH
 particulars() {
+    printf '%s\0' "$1" | owners_flags | sed 1q
     tar --xattrs --xattrs-include='*' --acls --numeric-owner --format=pax --no-recursion --mtime=@0 --mode=0 \
         --pax-option=exthdr.name=x,delete=atime,delete=ctime --transform='s,.*,x,' -P -cf - -- "$1" 2>/dev/null | cksum
 }
