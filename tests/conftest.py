@@ -1,5 +1,6 @@
 """What tests of every floor share: git that depends on nobody's configuration, and repositories to clone from."""
 
+import gc
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import _scratch
+from tests import _sampling, _scratch
 from tests._forks import NOBODY
 
 GIT_ENVIRONMENT = {
@@ -53,9 +54,16 @@ def pytest_configure(config: pytest.Config) -> None:
         _scratch.use(own)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what is allowed more time than the rest: whichever came last would keep one process busy alone."""
+    _sampling.leave_out(config, items)
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Spare later looks for garbage what is there by now and stays: each took longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

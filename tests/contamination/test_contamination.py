@@ -1,7 +1,7 @@
 """Whatever a lessee does, the next one sees a fresh clone, nothing planted ran, and nothing outside changed.
 
-Every vector of the corpus is played at the same ref; those that touch what a check-out touches take turns at a change
-of ref, and those that a user's rights matter to take turns as an ordinary user, where the tests run as root. The same
+The vectors of the corpus take turns: at the same ref; those that touch what a check-out touches also at a change of
+ref, and those that a user's rights matter to also as an ordinary user, where the tests run as root. The same
 comparison is held against the recipe that everybody writes first, to show that it can fail.
 """
 
@@ -76,6 +76,7 @@ def test_the_corpus_is_what_it_says() -> None:
     assert groups >= OF_A_CHECK_OUT | OF_A_USER
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize("vector", named(CORPUS))
 async def test_the_next_lessee_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
     assert await leaks_of(bench, vector, "main") == ()
