@@ -311,6 +311,7 @@ async def test_a_poisoned_git_directory_executes_nothing(manager: PoolManager, p
     assert contents(salvage_git(tmp_path), record.commit, "dirty") == b"d"
 
 
+@pytest.mark.sampled(one_in=4)
 @pytest.mark.parametrize(
     "place", ["HEAD", "packed-refs", "refs", "refs/heads", "refs/heads/main", "refs/stash", "logs", "logs/refs/stash",
               "objects", "objects/pack", "objects/aa", "index", "config", "."],
