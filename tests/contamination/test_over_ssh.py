@@ -86,18 +86,19 @@ async def require_none(bench: Bench, vector: Vector, then: str) -> None:
     assert outcome.leaks == (), outcome.log
 
 
-@pytest.mark.sampled(one_in=48)
+@pytest.mark.sampled(one_in=80)
 @pytest.mark.parametrize("vector", named(CORPUS))
 async def test_the_next_lessee_on_a_host_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
     await require_none(bench, vector, "main")
 
 
+@pytest.mark.sampled(one_in=3)
 @pytest.mark.parametrize("vector", named([one for one in CORPUS if re.search("through_a_socket|io_uring", one.name)]))
 async def test_a_host_sees_who_holds_what_no_process_shows(bench: Bench, vector: Vector) -> None:
     await require_none(bench, vector, "main")
 
 
-@pytest.mark.sampled(one_in=24)
+@pytest.mark.sampled(one_in=40)
 @pytest.mark.parametrize("vector", named([vector for vector in CORPUS if vector.group in OF_KEPT_PATHS]))
 async def test_kept_paths_on_a_host_let_nothing_else_through(keeping: Bench, vector: Vector) -> None:
     await require_none(keeping, vector, "main")

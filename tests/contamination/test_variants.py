@@ -1,6 +1,6 @@
 """The corpus against pools with kept paths, with submodules, inside a submodule, and at a change of ref.
 
-The ordinary run plays those vectors that such a pool might treat in another way; the soak run plays all of them.
+Those vectors that such a pool might treat in another way take turns in the ordinary run; the soak run plays all.
 """
 
 import os
@@ -22,8 +22,8 @@ CORPUS = for_user(is_root=os.geteuid() == 0)
 OF_KEPT_PATHS = {"links", "kinds", "hard links", "special files", "mounts", "tree"}
 OF_SUBMODULES = {"submodules", "repositories", "kinds", "objects"}
 OF_INNER_ONES = {"executing", "index", "git directory", "hard links", "special files", "objects"}
-EVERY = 5
-"""Of the groups that matter, how many vectors make one for the ordinary run."""
+TURN = pytest.mark.sampled(one_in=8)
+"""For vectors of the groups that matter."""
 
 MEANINGLESS_INSIDE = (OSError, AssertionError, subprocess.SubprocessError)
 """What a vector meets that is not made for a place where `.git` is a file."""
@@ -58,10 +58,11 @@ def usual() -> Iterator[Bench]:
 
 
 def chosen(groups: set[str]) -> list[object]:
-    """Return the corpus, with all that is not for the ordinary run marked so."""
-    ordinary = {vector.name for vector in [vector for vector in CORPUS if vector.group in groups][::EVERY]}
-    marks = {False: (pytest.mark.soak,), True: ()}
-    return [pytest.param(vector, id=vector.name, marks=marks[vector.name in ordinary]) for vector in CORPUS]
+    """Return the corpus, of which some groups take turns in the ordinary run, and the others are for the long one."""
+    return [
+        pytest.param(vector, id=vector.name, marks=TURN if vector.group in groups else pytest.mark.soak)
+        for vector in CORPUS
+    ]
 
 
 async def leaks_of(bench: Bench, vector: Vector, then: str = "main", *, is_inside: bool = False) -> tuple[str, ...]:
