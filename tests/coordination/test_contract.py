@@ -836,7 +836,7 @@ async def test_a_cancelled_draw_leaves_no_ticket_and_holds_nothing(
 
     for _ in range(3):
         await cancel_at(turns, 2, asyncio.create_task(queue()))
-        gc.collect()
+    gc.collect()
     assert not await other.has_tickets(REPO)
 
 
