@@ -189,6 +189,7 @@ MESSES = {
 }
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize("mess", sorted(MESSES))
 async def test_contamination_by_the_user_is_cleaned(manager: PoolManager, place: Path, mess: str) -> None:
     await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
