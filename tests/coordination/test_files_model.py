@@ -345,10 +345,17 @@ class Coordination(RuleBasedStateMachine):
         return is_expired or slot.holder is None
 
 
-TestCoordination = pytest.mark.endurance(Coordination.TestCase)
-TestCoordination.settings = settings(
-    max_examples=30,
+class CoordinationAtLength(Coordination):
+    """The same for longer."""
+
+
+SETTINGS = settings(
+    max_examples=15,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
+TestCoordination = pytest.mark.endurance(Coordination.TestCase)
+TestCoordination.settings = SETTINGS
+TestCoordinationAtLength = pytest.mark.soak(pytest.mark.timeout(600)(CoordinationAtLength.TestCase))
+TestCoordinationAtLength.settings = settings(SETTINGS, max_examples=150)

@@ -19,7 +19,7 @@ from tests._workers import COMMIT, REPO, Worker, make_coordinator, make_pool, se
 
 PROCESSES = 8
 SLOTS = 3
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ async def test_processes_killed_at_any_moment_never_share_a_slot_and_lose_none(t
         assert tokens == sorted(set(tokens)), "one token, one lease"
         assert slot.token >= max(tokens)
         leases += len(tokens)
-    assert leases > 100
+    assert leases > 50
     for _ in range(SLOTS):
         assert await coordinator.claim(REPO, commit=None, branch=None, lease_id="last") is not None
 

@@ -13,7 +13,7 @@ from repopool_async._process import run_process
 
 @pytest.mark.parametrize(
     ("processes", "slots", "seconds"),
-    [(4, 2, 4.0), pytest.param(16, 4, 60.0, marks=[pytest.mark.soak, pytest.mark.timeout(300)])],
+    [(4, 2, 2.0), pytest.param(16, 4, 60.0, marks=[pytest.mark.soak, pytest.mark.timeout(300)])],
 )
 async def test_processes_fighting_over_slots_never_share_one(
     tmp_path: Path, origin: Path, processes: int, slots: int, seconds: float

@@ -25,7 +25,7 @@ async def run_chaos(*options: str) -> str:
 
 @pytest.mark.timeout(300)
 async def test_a_fleet_stands_everything_once() -> None:
-    assert await run_chaos("--seconds", "12", "--tasks", "3", "--slots", "3") == ""
+    assert await run_chaos("--seconds", "8", "--tasks", "3", "--slots", "3") == ""
 
 
 @pytest.mark.soak
