@@ -32,11 +32,11 @@ _THOROUGH_EVERY: Final = 5
 def named_steps(directory: Path, which: str, *, seed: int) -> Findings:
     """Kill at every step: half of them while another process runs, half of them with none there.
 
-    A `cycle` takes every fourth step only; which ones follows from the seed.
+    A `cycle` takes every eighth step only; which ones follows from the seed.
     """
     findings = Findings()
-    parts = 8 if which == "cycle" else 2
-    first = 2 * (seed % 4) if which == "cycle" else 0
+    parts = 16 if which == "cycle" else 2
+    first = 2 * (seed % 8) if which == "cycle" else 0
 
     def lane(number: int) -> dict[str, Any]:
         root = directory / f"lane{number}"

@@ -6,7 +6,7 @@ First workers lease, work, return, add and remove slots, make and delete pools a
 killed with SIGKILL at random moments, every second time together with every process they started, and a quarter of what
 they do is cancelled, once or twice. Then one process at a time is killed at each step of making a pool, of a lease and
 its return, of recovering what a dead, robbed, expired or cut-off lessee left, of adding and removing slots, reloading
-and deleting a pool (`named`: the first of every name; `cycle`: of leasing and recovering only, every other one of those
+and deleting a pool (`named`: the first of every name; `cycle`: of leasing and recovering only, by turns, of those
 that others can tell from what is on disk; `all`: every single step). The library is not told: what is a step is in
 `benchmarks._steps`.
 

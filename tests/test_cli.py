@@ -566,7 +566,7 @@ def test_help_imports_nothing_slow(repopool: Shell) -> None:
 # Names of pools ----------------------------------------------------------------------------------------------------
 
 
-@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=100))
 def test_every_url_has_a_name_that_a_pool_may_bear(url: str) -> None:
     validate_repo_name(pool_name(url))
     assert pool_name(url) == pool_name(url)

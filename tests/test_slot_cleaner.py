@@ -168,6 +168,7 @@ GIT_DAMAGE = [
 ]
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize("damage", GIT_DAMAGE)
 async def test_a_damaged_git_directory_of_ours_is_rebuilt_on_return(
     manager: PoolManager, origin: Path, tmp_path: Path, damage: Callable[[Path], None]
@@ -185,6 +186,7 @@ async def test_a_damaged_git_directory_of_ours_is_rebuilt_on_return(
     await assert_like_a_clone(manager, origin)
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize("damage", GIT_DAMAGE)
 async def test_a_damaged_git_directory_of_ours_is_rebuilt_before_a_lease(
     manager: PoolManager, origin: Path, tmp_path: Path, damage: Callable[[Path], None]
@@ -342,6 +344,7 @@ def _deleted(mirror: Path) -> None:
 MIRROR_DAMAGE = [_garbage_packed_refs, _garbage_state, _garbage_snapshot, _garbage_mirror_config, _deleted]
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize(
     ("damage", "fetches"),
     # Without a fetch, a lease at the sealed commit reads no object: what is wrong with them only check() finds.
@@ -391,6 +394,7 @@ async def test_a_look_at_a_slot_does_not_cost_its_next_cleaning_anything(manager
     assert (await last_cleaning(manager)).steps == ("untouched",)
 
 
+@pytest.mark.sampled(one_in=2)
 @pytest.mark.parametrize("damage", [_truncated_pack, _flipped_bytes, _no_objects, *MIRROR_DAMAGE])
 async def test_check_finds_and_repairs_a_damaged_mirror_and_the_slots_on_it(
     manager: PoolManager, origin: Path, tmp_path: Path, damage: Callable[[Path], None]

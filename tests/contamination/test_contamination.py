@@ -76,7 +76,7 @@ def test_the_corpus_is_what_it_says() -> None:
     assert groups >= OF_A_CHECK_OUT | OF_A_USER
 
 
-@pytest.mark.sampled(one_in=2)
+@pytest.mark.sampled(one_in=3)
 @pytest.mark.parametrize("vector", named(CORPUS))
 async def test_the_next_lessee_sees_a_fresh_clone(bench: Bench, vector: Vector) -> None:
     assert await leaks_of(bench, vector, "main") == ()
@@ -97,7 +97,7 @@ async def test_also_when_the_next_lessee_wants_another_ref(bench: Bench, vector:
     assert await leaks_of(bench, vector, then) == ()
 
 
-@pytest.mark.sampled(one_in=2)
+@pytest.mark.sampled(one_in=4)
 @pytest.mark.skipif(not IS_ROOT, reason="the whole corpus ran as an ordinary user")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_also_as_an_ordinary_user(part: int) -> None:
