@@ -19,6 +19,7 @@ import repopool_async
 from repopool_async.cli import ExitStatus
 from repopool_async.cli._run import is_url, normalised_url, pool_name
 from repopool_async.config_values import validate_repo_name
+from repopool_async.models import Slot
 from repopool_async.slot_store import SlotStore
 
 PROGRAM = (sys.executable, "-m", "repopool_async.cli")
@@ -78,10 +79,13 @@ class Shell:
     def slots(self) -> list[dict[str, Any]]:
         return [slot for pool in self.status()["pools"] for slot in pool["slots"]]
 
-    def states(self) -> list[str]:
-        """Return what the records say, without another process."""
+    def records(self) -> list[Slot]:
+        """Return what is recorded of every slot, without another process."""
         store = SlotStore(self.workspaces)
-        return [str(slot.state) for name in store.list_pools_sync() for slot in store.list_slots_sync(name)]
+        return [slot for name in store.list_pools_sync() for slot in store.list_slots_sync(name)]
+
+    def states(self) -> list[str]:
+        return [str(slot.state) for slot in self.records()]
 
     def close(self) -> None:
         for process in self.live:
@@ -138,7 +142,7 @@ def test_the_second_run_uses_the_pool_of_the_first(repopool: Shell, origin: Path
     second = repopool("run", f"{origin}/", "--", "pwd")
 
     assert first.stdout == second.stdout
-    assert len(repopool.slots()) == 1
+    assert len(repopool.records()) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,6 @@ def test_the_second_run_uses_the_pool_of_the_first(repopool: Shell, origin: Path
         (["sh", "-c", "exit 3"], 3),
         (["sh", "-c", "kill -KILL $$"], 128 + signal.SIGKILL),
         (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM),
-        (["no-such-command"], ExitStatus.NOT_FOUND),
         (["./README.md"], ExitStatus.NOT_EXECUTABLE),
     ],
 )
@@ -163,6 +166,8 @@ def test_the_exit_status_is_the_commands_as_a_shell_would_say_it(
 def test_a_command_that_does_not_exist_is_told_in_one_line(repopool: Shell, origin: Path) -> None:
     done = repopool("run", origin, "--", "no-such-command")
 
+    assert done.returncode == ExitStatus.NOT_FOUND
+    assert repopool.states() == ["available"]
     assert done.stderr == "repopool: no-such-command: command not found\n"
 
 
@@ -444,16 +449,16 @@ def test_slots_come_and_go(repopool: Shell, origin: Path) -> None:
     assert repopool.states() == ["available", "available"]
 
     assert repopool("remove", f"workspace-{name}-slot1").returncode == 0
-    assert [slot["slot_id"] for slot in repopool.slots()] == [f"workspace-{name}-slot2"]
+    assert [slot.slot_id for slot in repopool.records()] == [f"workspace-{name}-slot2"]
     assert repopool("run", origin, "--", "true").returncode == 0
 
 
 def test_a_slot_that_is_damaged_is_repaired(repopool: Shell, origin: Path) -> None:
     repopool("run", origin, "--", "true")
-    (slot,) = repopool.slots()
-    Path(slot["path"], ".git", "HEAD").write_text("garbage")
+    (slot,) = repopool.records()
+    Path(slot.path, ".git", "HEAD").write_text("garbage")
 
-    done = repopool("repair", slot["slot_id"])
+    done = repopool("repair", slot.slot_id)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert repopool("run", origin, "--", "git", "status", "--short").stdout == ""
@@ -461,9 +466,9 @@ def test_a_slot_that_is_damaged_is_repaired(repopool: Shell, origin: Path) -> No
 
 def test_log_tells_leases_and_clean_ups_in_order(repopool: Shell, origin: Path) -> None:
     repopool("run", origin, "--ref", "feature/x", "--", "touch", "new-file")
-    (slot,) = repopool.slots()
+    (slot,) = repopool.records()
 
-    lines = repopool("log", slot["slot_id"]).stdout.splitlines()
+    lines = repopool("log", slot.slot_id).stdout.splitlines()
 
     words = [line.split()[2] for line in lines]
     assert [word for word in words if word in ("provision", "allocated", "released", "return")] == [
@@ -473,21 +478,21 @@ def test_log_tells_leases_and_clean_ups_in_order(repopool: Shell, origin: Path) 
         "return",
     ]
     assert "removed 1" in lines[-1]
-    assert repopool("log", "--limit", "1", slot["slot_id"]).stdout.splitlines() == lines[-1:]
+    assert repopool("log", "--limit", "1", slot.slot_id).stdout.splitlines() == lines[-1:]
 
 
 def test_nothing_that_is_leased_is_removed_or_deleted(repopool: Shell, origin: Path) -> None:
     holder = repopool.hold(origin)
-    (slot,) = repopool.slots()
+    (slot,) = repopool.records()
 
-    for refused in (repopool("remove", slot["slot_id"]), repopool("delete", pool_name(str(origin)))):
+    for refused in (repopool("remove", slot.slot_id), repopool("delete", pool_name(str(origin)))):
         assert refused.returncode == ExitStatus.FAILURE
         assert f"pid {holder.pid}" in refused.stderr
 
     stdout, _ = holder.communicate("unharmed\n", timeout=SECONDS)
     assert (stdout, holder.returncode) == ("unharmed\n", 0)
     assert repopool("delete", pool_name(str(origin))).returncode == 0
-    assert repopool.status()["pools"] == []
+    assert SlotStore(repopool.workspaces).list_pools_sync() == []
 
 
 def test_delete_by_force_ends_the_command_of_the_lease(repopool: Shell, origin: Path) -> None:
@@ -499,7 +504,7 @@ def test_delete_by_force_ends_the_command_of_the_lease(repopool: Shell, origin: 
 
     assert holder.returncode == ExitStatus.FAILURE
     assert "taken away" in stderr
-    assert repopool.status()["pools"] == []
+    assert SlotStore(repopool.workspaces).list_pools_sync() == []
 
 
 @pytest.mark.parametrize(
