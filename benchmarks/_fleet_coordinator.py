@@ -167,6 +167,14 @@ class FleetCoordinator:
         grant.slot = slot
         return slot
 
+    async def update(self, hold: Hold, slot: Slot) -> Slot:
+        """See `Coordinator.update`."""
+        hold_id, token = hold.lock.hold_id, hold.token
+        if not hold.lock.is_held or not await self._insist(lambda _: self._database.write(hold_id, token, slot)):
+            raise self._lost(hold)
+        hold.slot = slot
+        return slot
+
     async def finish(self, hold: Hold, slot: Slot) -> None:
         """See `Coordinator.finish`."""
         if not hold.lock.is_held:

@@ -194,6 +194,15 @@ class Database:
             return slot
         return row.slot if is_repeated and row.slot.state is SlotState.CLEANING else None
 
+    def write(self, hold_id: uuid.UUID, token: int, slot: Slot) -> bool:
+        """`repopool.write`: write the record of a slot that is held."""
+        row = self._rows[slot.slot_id]
+        if row.hold_id != hold_id or row.slot.token != token:
+            return False
+        self._put(attrs.evolve(row, slot=slot, overwritten=None))
+        self._tell("written", slot, hold_id)
+        return True
+
     def finish(self, hold_id: uuid.UUID, token: int, slot: Slot, *, is_repeated: bool) -> bool:
         """`repopool.finish`: write what became of a slot and let go of it."""
         row = self._rows[slot.slot_id]
