@@ -14,6 +14,7 @@ import pytest
 
 from repopool_async import (
     ConfigError,
+    FencedError,
     HostSpec,
     LeasedSlot,
     PoolConfig,
@@ -193,6 +194,48 @@ async def test_a_host_is_asked_again_when_it_was_out_of_use(
         await manager.resume_host("lacking")
         async with pool.lease() as slot, pool.lease() as other:
             assert [await user_of(one) for one in (slot, other)] == [USER] * 2
+
+
+async def test_what_a_command_is_given_decides_nothing_that_runs_as_root(
+    servers: dict[str, Server], place: Path
+) -> None:
+    """Libraries and programs of the lessee's that its caller names are for the lessee's command only."""
+    async with managing(place, servers, "box") as manager:
+        for hosts in (["local"], ["box"]):
+            pool = await manager.create_pool(hosts[0], str(place / "origin.git"), hosts=hosts, run_as=USER)
+            async with pool.lease() as slot:
+                given = {"LD_PRELOAD": str(slot.path / "planted.so"), "BASH_ENV": "x", "MINE": "yes"}
+                await slot.run("cp", "README.md", "planted.so")
+                done = await slot.run("env", env=given)
+                assert {f"{name}={value}" for name, value in given.items()} <= set(done.text.splitlines())
+                assert done.stderr.count(b"planted.so") == 1, done.stderr  # by the command's own loader
+                await slot.run("sh", "-c", "printf '#!/bin/sh\necho ran\n' >odd=name; chmod +x odd=name")
+                assert (await slot.run("./odd=name", env=given)).text == "ran\n"
+
+
+async def test_a_program_of_the_lessees_is_not_run_as_root_to_refuse_it(
+    servers: dict[str, Server], place: Path
+) -> None:
+    async with managing(place, servers, "box") as manager:
+        for hosts in (["local"], ["box"]):
+            pool = await manager.create_pool(
+                hosts[0], str(place / "origin.git"), hosts=hosts, run_as=USER, salvage="never"
+            )
+            canary = place / f"canary-{hosts[0]}"
+            planted = place / f"bin-{hosts[0]}"
+            planted.mkdir()
+            for name in ("rm", "mkdir", "cat", "printf", "id", "setpriv"):
+                (planted / name).write_text(f"#!/bin/sh\necho {name} >>{canary}\n")
+                (planted / name).chmod(0o755)
+            slot = await manager.allocate_slot(hosts[0])
+            assert slot is not None
+            path = f"{planted}:{os.environ['PATH']}"
+            assert (await slot.run("sh", "-c", "true", env={"PATH": path})).exit_code == 0
+            await pool.watch.force_unlock(slot.slot_id)
+            await manager.wait_clean()
+            with pytest.raises(FencedError):
+                await slot.run("sh", "-c", "true", env={"PATH": path})
+            assert not canary.exists(), canary.read_text()
 
 
 async def test_a_manager_need_not_be_root_where_the_login_on_the_host_is(

@@ -1,13 +1,29 @@
-"""A host whose commands run as another user; its files are reached as before, by whoever we are."""
+"""A host whose commands run as another user; its files are reached as before, by whoever we are.
+
+Between us and the user runs a program with all of our rights: what a caller sets for the user's command must not decide
+what that program loads, which may be files of the user's own.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from repopool_async.hosts.base import Command, Host, HostProcess
 from repopool_async.models import CommandResult
+
+_LOADING: Final = ("LD_", "DYLD_", "MALLOC_", "GLIBC_", "BASH_FUNC_")
+"""What the names of variables begin with that are read before a program has given up its rights."""
+_LOADING_TOO: Final = frozenset(
+    {
+        *("GCONV_PATH", "GETCONF_DIR", "LOCPATH", "NLSPATH", "TZDIR", "NIS_PATH"),
+        *("HOSTALIASES", "LOCALDOMAIN", "RESOLV_HOST_CONF", "RES_OPTIONS"),
+        *("ENV", "BASH_ENV", "BASHOPTS", "SHELLOPTS", "PS4"),
+    }
+)
+_ENV: Final = "/usr/bin/env"
+_AS_IT_IS: Final = ("/bin/sh", "-c", 'exec "$@"', "sh")
 
 
 class AsUser:
@@ -32,17 +48,35 @@ class AsUser:
         self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str | None = None, **limits: Any
     ) -> CommandResult:
         """See `Host.run`."""
-        return await self._host.run(argv, env=env, cwd=cwd, via=self._prefix, **limits)
+        given, via = self._started(argv[0], env)
+        return await self._host.run(argv, env=given, cwd=cwd, via=via, **limits)
 
     async def batch(
         self, commands: Sequence[Command], *, timeout: float | None = None, stop: bool = True
     ) -> list[CommandResult]:
         """See `Host.batch`."""
-        dropped = [attrs.evolve(command, via=self._prefix) for command in commands]
+        dropped = []
+        for command in commands:
+            given, via = self._started(command.argv[0], command.env)
+            dropped.append(attrs.evolve(command, env=given, via=via))
         return await self._host.batch(dropped, timeout=timeout, stop=stop)
 
     def open_process(
         self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str | None = None, **streams: Any
     ) -> AbstractAsyncContextManager[HostProcess]:
         """See `Host.open_process`."""
-        return self._host.open_process(argv, env=env, cwd=cwd, via=self._prefix, **streams)
+        given, via = self._started(argv[0], env)
+        return self._host.open_process(argv, env=given, cwd=cwd, via=via, **streams)
+
+    def _started(self, name: str, env: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Return the environment of what is started, and what makes it the command with its own."""
+        held_back = [f"{key}={value}" for key, value in env.items() if _is_loading(key)]
+        given = {key: value for key, value in env.items() if not _is_loading(key)}
+        if not held_back:
+            return given, self._prefix
+        # A command whose name looks like a variable's setting would be taken for one.
+        return given, (*self._prefix, _ENV, *held_back, *(_AS_IT_IS if "=" in name else ()))
+
+
+def _is_loading(name: str) -> bool:
+    return name.startswith(_LOADING) or name in _LOADING_TOO
