@@ -193,9 +193,19 @@ class RunAs:
         user = self._present.user
         return GiveTree(tree, user.uid, user.gid)
 
-    async def secure(self, slot: Slot) -> None:
-        """Let the user get at the slot's tree and at nothing else in the pool that it could change or lock."""
+    async def require_own_group(self, slot: Slot) -> None:
+        """See that the group of a slot is nobody's, unless that is known.
+
+        Raises:
+            ConfigError: it has a name on the host. HostUnreachableError, OSError: the host cannot be asked.
+        """
         await self._refuse_named(self.group_of(slot), slot.path)
+
+    async def secure(self, slot: Slot) -> None:
+        """Let the user get at the slot's tree and at nothing else in the pool that it could change or lock.
+
+        A piece that asks the host once.
+        """
         slot_directory = slot.path.rpartition("/")[0]
         pool_directory = slot_directory.rpartition("/slots/")[0]
         mirror_mode = 0o700 if self._is_isolated else 0o755

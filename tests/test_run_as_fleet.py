@@ -27,6 +27,7 @@ from repopool_async._users import look_here, private_group, start_as
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
 from tests.hosts.sshd import Keys, Server
+from tests.test_fleet_ssh import executions_of_a_cleaning, leave_alone
 from tests.test_janitor import Watcher
 
 USER = "daemon"
@@ -236,6 +237,22 @@ async def test_a_program_of_the_lessees_is_not_run_as_root_to_refuse_it(
             with pytest.raises(FencedError):
                 await slot.run("sh", "-c", "true", env={"PATH": path})
             assert not canary.exists(), canary.read_text()
+
+
+async def test_how_many_executions_a_cleaning_is_after_another_user(
+    servers: dict[str, Server], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with managing(place, servers, "box") as manager:
+        leave_alone(manager, monkeypatch)
+        box = manager._shared.hosts.machine("box").host
+        assert isinstance(box, SshHost)
+        url = str(place / "origin.git")
+        pool = await manager.create_pool("web", url, hosts=["box"], fetch_max_age=3600, run_as=USER)
+        for script in ("true", "rm -rf README.md src; mkfifo README.md; echo x >new; setsid sleep 600 &"):
+            assert await executions_of_a_cleaning(manager, pool, box, script) == 3
+        before = box.exec_count
+        async with pool.lease():
+            assert box.exec_count - before <= 2
 
 
 async def test_a_manager_need_not_be_root_where_the_login_on_the_host_is(
