@@ -395,3 +395,28 @@ async def test_the_user_is_for_ever(manager: PoolManager, place: Path) -> None:
     await make_pool(manager, place)
     with pytest.raises(ConfigError, match="run_as is nobody and stays so"):
         await manager.create_pool("web", str(place / "origin.git"))
+
+
+@here_and_there
+async def test_work_that_was_not_pushed_is_saved_and_brought_back_as_the_users(
+    manager: PoolManager, place: Path
+) -> None:
+    await make_pool(manager, place)
+    pool = await manager.get_pool("web")
+    slot = await manager.allocate_slot("web")
+    assert slot is not None
+    await slot.run(
+        "sh", "-c", "echo x >one; git add one; git commit -qm one; echo y >>README.md; echo z >new", env=IDENTITY
+    )
+    commit = await slot.get_current_commit()
+    await pool.watch.force_unlock(slot.slot_id)
+    await manager.wait_clean()
+    (record,) = await manager.list_salvage()
+    async with manager.lease("web") as other:
+        restored = await manager.restore_salvage(record.salvage_id, other)
+        assert restored.is_checked_out
+        assert await other.get_current_commit() == commit
+        assert await shell(other, "git status --porcelain") == "M README.md\n?? new"
+        owners = {os.lstat(path).st_uid for path in [other.path, *other.path.rglob("*")]}
+        assert owners == {pwd.getpwnam(USER).pw_uid}
+    await assert_clean(manager, place)

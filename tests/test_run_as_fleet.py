@@ -38,6 +38,7 @@ WITHOUT_USER = (
     f'if [ -e "$0" ]; then grep -v ^{USER}: /etc/passwd >"$0"; mount --bind "$0" /etc/passwd; fi; exec sh -c "$1"',
 )
 """A machine of its own, as far as users are concerned, while there is a file that is named."""
+WITH_GROUP = (*("unshare", "--mount", "sh", "-c"), 'mount --bind "$0" /etc/group && exec sh -c "$1"')
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run commands as another user")
 
@@ -52,8 +53,11 @@ def absent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, absent: Path) -> Iterator[dict[str, Server]]:
+    groups = absent.with_name("group")
+    groups.touch()
     shells = {
         "box": ("sh", "-c"),
+        "taken": (*WITH_GROUP, str(groups)),
         "lacking": (*WITHOUT_USER, str(absent)),
         "not-root": NOT_ROOT,
         "closed": CLOSED,
@@ -130,6 +134,18 @@ async def test_a_directory_that_the_user_cannot_enter_is_refused(servers: dict[s
         pool = await manager.create_pool("web", str(place / "origin.git"), hosts=["box"], run_as=USER)
         async with pool.lease() as slot:
             assert await user_of(slot) == USER
+
+
+@pytest.mark.parametrize("of", ["", "/web/slots/slot1/tree"])
+async def test_a_group_that_is_somebodys_is_nobodys_private_one(
+    servers: dict[str, Server], place: Path, absent: Path, of: str
+) -> None:
+    number = private_group(f"{place}/taken{of}")
+    absent.with_name("group").write_text(f"root:x:0:\ntheirs:x:{number}:\n")
+    async with managing(place, servers, "taken") as manager:
+        with pytest.raises(ConfigError, match=rf"{place}/taken{of}: the group number {number} is taken by 'theirs'"):
+            await manager.create_pool("web", str(place / "origin.git"), hosts=["taken"], run_as=USER)
+        assert await manager.list_pools() == []
 
 
 async def test_a_host_that_joins_later_without_the_user_gets_no_slot(servers: dict[str, Server], place: Path) -> None:
