@@ -153,7 +153,7 @@ class PoolContext:
         if fit or not refusals:
             return fit
         if is_asked:
-            raise refusals[0]
+            raise refusals[0].with_traceback(None)
         return await self.fit_among(wanted, is_asked=True)
 
     async def _ask_fit(self, host_id: str, *, is_asked: bool) -> None:
@@ -212,7 +212,7 @@ class PoolContext:
                 return self.parts.hosts.on(host_id)
         for host_id in chosen:
             if (refusal := self.refusal(host_id)) is not None:
-                raise refusal
+                raise refusal.with_traceback(None)
         raise HostUnreachableError(
             f"{self.name}: none of its hosts can be used now ({', '.join(chosen)}); `repopool hosts list` says why",
             has_not_started=True,

@@ -50,8 +50,9 @@ class Fitness:
             ConfigError: it cannot. HostUnreachableError: it does not answer. OSError: it cannot say.
         """
         async with self._turn:
-            if self.refusal is not None and not is_asked:
-                raise self.refusal
+            refusal = self.refusal
+            if refusal is not None and not is_asked:
+                raise refusal.with_traceback(None)
             if self._refused is None and self._seen == self._absences():
                 return
             await self._ask()
