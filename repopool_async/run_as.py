@@ -29,6 +29,16 @@ _PASSED_ON: Final = frozenset(
     }
 )
 """What of root's environment a lessee gets: the rest may hold root's secrets."""
+_CANNOT_REPLACE: Final = """
+here=$1
+while ! [ -w "$here" ] || { [ "$here" != "$1" ] && [ -k "$here" ]; }; do
+    [ "$here" != / ] || exit 0
+    here=${here%/*}
+    here=${here:-/}
+done
+exit 1
+"""
+"""Succeeds where whoever runs it can write neither to a directory nor to one above, unless that is sticky like /tmp."""
 
 
 @attrs.frozen
@@ -118,16 +128,26 @@ class RunAs:
             candidate = _Established(ground, user, with_python)
             failure = await self._failure(candidate, group, "true")
             if failure is None:
-                if await self._failure(candidate, group, "test", "-x", self._workspaces_dir) is not None:
-                    raise self._refusal(
-                        f"{self._workspaces_dir} cannot be entered by {self._name!r}: it and every directory above "
-                        f"must allow that (chmod o+x), or choose another workspaces_dir"
-                    )
+                await self._require_place(candidate, group)
                 return candidate
             failures.append(failure)
         raise self._refusal(
             f"no command can be run as {self._name!r} ({'; '.join(failures)}); install util-linux, which has setpriv"
         )
+
+    async def _require_place(self, candidate: _Established, group: int) -> None:
+        """Refuse a directory that the user cannot get at, or could move or fill with what it likes."""
+        place = self._workspaces_dir
+        if await self._failure(candidate, group, "test", "-x", place) is not None:
+            raise self._refusal(
+                f"{place} cannot be entered by {self._name!r}: it and every directory above must allow that "
+                f"(chmod o+x), or choose another workspaces_dir"
+            )
+        if await self._failure(candidate, group, "sh", "-c", _CANNOT_REPLACE, "sh", place) is not None:
+            raise self._refusal(
+                f"{place}, or a directory above, can be changed by {self._name!r}, who could put other slots there; "
+                f"have it belong to root, and write for nobody else (chmod go-w), or choose another workspaces_dir"
+            )
 
     async def _failure(self, candidate: _Established, group: int, *argv: str) -> str | None:
         """Run a command as the user, with a group like a slot's; return what went wrong."""

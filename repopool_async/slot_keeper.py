@@ -517,8 +517,9 @@ class SlotKeeper:
         await self._settle(hold, hold.slot, repair)
         if not outcome:
             slot = await self._pool.parts.coordinator.get_slot(hold.slot.slot_id)
+            reason = slot.error or self._pool.refusal(slot.host_id)
             raise CleanupError(
-                f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._pool.name
+                f"{slot.slot_id}: could not be repaired: {reason}", slot_id=slot.slot_id, repo_name=self._pool.name
             )
         return outcome[0]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -125,12 +126,22 @@ async def test_a_pool_is_refused_where_no_host_can_run_its_lessees(
         assert await manager.list_pools() == []
 
 
-async def test_a_directory_that_the_user_cannot_enter_is_refused(servers: dict[str, Server], place: Path) -> None:
+async def test_a_directory_that_the_user_cannot_enter_or_could_replace_is_refused(
+    servers: dict[str, Server], place: Path
+) -> None:
     (place / "box").mkdir(mode=0o700)
     async with managing(place, servers, "box") as manager:
         with pytest.raises(ConfigError, match=rf"on host box: {place}/box cannot be entered by '{USER}'.*chmod o\+x"):
             await manager.create_pool("web", str(place / "origin.git"), hosts=["box"], run_as=USER)
         (place / "box").chmod(0o711)
+        os.chown(place / "box", pwd.getpwnam(USER).pw_uid, -1)
+        with pytest.raises(ConfigError, match=rf"on host box: {place}/box, .* can be changed by '{USER}'.*chmod go-w"):
+            await manager.create_pool("web", str(place / "origin.git"), hosts=["box"], run_as=USER)
+        os.chown(place / "box", 0, -1)
+        place.chmod(0o777)
+        with pytest.raises(ConfigError, match=rf"or a directory above, can be changed by '{USER}'"):
+            await manager.create_pool("web", str(place / "origin.git"), hosts=["box"], run_as=USER)
+        place.chmod(0o1777)
         pool = await manager.create_pool("web", str(place / "origin.git"), hosts=["box"], run_as=USER)
         async with pool.lease() as slot:
             assert await user_of(slot) == USER
