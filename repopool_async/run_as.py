@@ -119,35 +119,44 @@ class RunAs:
     async def _found(self, ground: Ground, user: User) -> _Established:
         """Return how commands can be run as the user, by having tried it."""
         group = private_group(self._workspaces_dir)
-        await self._refuse_named(group, self._workspaces_dir)
         failures = []
         for with_python in (False, True):
             if not (ground.python if with_python else ground.setpriv):
                 failures.append("there is no python3" if with_python else "there is no setpriv")
                 continue
             candidate = _Established(ground, user, with_python)
-            failure = await self._failure(candidate, group, "true")
+            failure = await self._tried(candidate, group)
             if failure is None:
-                await self._require_place(candidate, group)
                 return candidate
             failures.append(failure)
         raise self._refusal(
             f"no command can be run as {self._name!r} ({'; '.join(failures)}); install util-linux, which has setpriv"
         )
 
-    async def _require_place(self, candidate: _Established, group: int) -> None:
-        """Refuse a directory that the user cannot get at, or could move or fill with what it likes."""
+    async def _tried(self, candidate: _Established, group: int) -> str | None:
+        """Run commands as the user; return why none can be run so.
+
+        Raises:
+            ConfigError: they can, and the user cannot get at the directory, or could put another in its place.
+        """
         place = self._workspaces_dir
-        if await self._failure(candidate, group, "test", "-x", place) is not None:
+        async with self._host.joined() as joined:
+            runs = joined(self._failure(candidate, group, "true"))
+            enters = joined(self._failure(candidate, group, "test", "-x", place))
+            keeps_off = joined(self._failure(candidate, group, "sh", "-c", _CANNOT_REPLACE, "sh", place))
+        if runs.result() is not None:
+            return runs.result()
+        if enters.result() is not None:
             raise self._refusal(
                 f"{place} cannot be entered by {self._name!r}: it and every directory above must allow that "
                 f"(chmod o+x), or choose another workspaces_dir"
             )
-        if await self._failure(candidate, group, "sh", "-c", _CANNOT_REPLACE, "sh", place) is not None:
+        if keeps_off.result() is not None:
             raise self._refusal(
                 f"{place}, or a directory above, can be changed by {self._name!r}, who could put other slots there; "
                 f"have it belong to root, and write for nobody else (chmod go-w), or choose another workspaces_dir"
             )
+        return None
 
     async def _failure(self, candidate: _Established, group: int, *argv: str) -> str | None:
         """Run a command as the user, with a group like a slot's; return what went wrong."""
@@ -155,15 +164,6 @@ class RunAs:
         done = await self._host.run([*candidate.prefix(group), *argv], env={"PATH": path})
         said = done.stderr.decode(errors="replace").strip()
         return None if done.exit_code == 0 else said or f"exit status {done.exit_code}"
-
-    async def _refuse_named(self, group: int, path: str) -> None:
-        """Refuse a private group that is somebody's; asked once of each."""
-        if group in self._unnamed:
-            return
-        name = await (in_thread(group_name_here, group) if self._is_here else group_name_on(self._host, group))
-        if name:
-            raise self._refusal(f"{path}: the group number {group} is taken by {name!r}; use another directory")
-        self._unnamed.add(group)
 
     def _refusal(self, text: str) -> ConfigError:
         where = "this machine" if self._is_here else f"host {self._host.id}"
@@ -219,7 +219,13 @@ class RunAs:
         Raises:
             ConfigError: it has a name on the host. HostUnreachableError, OSError: the host cannot be asked.
         """
-        await self._refuse_named(self.group_of(slot), slot.path)
+        group = self.group_of(slot)
+        if group in self._unnamed:
+            return
+        name = await (in_thread(group_name_here, group) if self._is_here else group_name_on(self._host, group))
+        if name:
+            raise self._refusal(f"{slot.path}: the group number {group} is taken by {name!r}; use another directory")
+        self._unnamed.add(group)
 
     async def secure(self, slot: Slot) -> None:
         """Let the user get at the slot's tree and at nothing else in the pool that it could change or lock.

@@ -147,14 +147,14 @@ async def test_a_directory_that_the_user_cannot_enter_or_could_replace_is_refuse
             assert await user_of(slot) == USER
 
 
-@pytest.mark.parametrize("of", ["", "/web/slots/slot1/tree"])
-async def test_a_group_that_is_somebodys_is_nobodys_private_one(
-    servers: dict[str, Server], place: Path, absent: Path, of: str
+async def test_a_group_that_is_somebodys_is_no_private_one(
+    servers: dict[str, Server], place: Path, absent: Path
 ) -> None:
-    number = private_group(f"{place}/taken{of}")
+    tree = f"{place}/taken/web/slots/slot1/tree"
+    number = private_group(tree)
     absent.with_name("group").write_text(f"root:x:0:\ntheirs:x:{number}:\n")
     async with managing(place, servers, "taken") as manager:
-        with pytest.raises(ConfigError, match=rf"{place}/taken{of}: the group number {number} is taken by 'theirs'"):
+        with pytest.raises(ConfigError, match=rf"{tree}: the group number {number} is taken by 'theirs'"):
             await manager.create_pool("web", str(place / "origin.git"), hosts=["taken"], run_as=USER)
         assert await manager.list_pools() == []
 
