@@ -83,6 +83,10 @@ class RunAs:
         self._established: _Established | None = None
         self._unnamed: set[int] = set()
 
+    async def boot_id(self) -> str:
+        """Return the host's; see `Host.boot_id`."""
+        return await self._host.boot_id()
+
     async def establish(self) -> None:
         """Find the user on the host, and see that commands can be run as it there.
 

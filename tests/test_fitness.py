@@ -52,9 +52,20 @@ def subject(directory: Path) -> Subject:
 async def test_a_host_that_can_is_not_asked_again(subject: Subject, directory: Path) -> None:
     await subject.fitness.require()
     directory.chmod(0o700)
-    subject.host.is_up = False
     await subject.fitness.require(is_asked=True)
     assert (subject.fitness.refusal, subject.told) == (None, [])
+
+
+async def test_a_host_that_was_started_anew_is_asked_again(subject: Subject, directory: Path) -> None:
+    await subject.fitness.require()
+    directory.chmod(0o700)
+
+    async def boot_id() -> str:
+        return "another"
+
+    subject.host.boot_id = boot_id  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="cannot be entered"):
+        await subject.fitness.require()
 
 
 async def test_a_host_that_cannot_is_asked_after_a_minute_or_for_somebody(
