@@ -174,8 +174,9 @@ async def test_a_fresh_slot_needs_no_refreshing(manager: PoolManager, place: Pat
     assert all(entry.success and entry.rung is None for entry in log), log
 
 
-@here_and_there
-@pytest.mark.parametrize("isolation", ["shared", "full"])
+@pytest.mark.parametrize(
+    ("server", "isolation"), [("local", "shared"), ("local", "full"), ("asyncssh", "full")], indirect=["server"]
+)
 async def test_a_lessee_writes_nowhere_but_in_its_tree(manager: PoolManager, place: Path, isolation: str) -> None:
     await make_pool(manager, place, num_slots=2, isolation=isolation)
     pool = place / "pools/web"
@@ -231,8 +232,14 @@ MESSES = {
 }
 
 
-@here_and_there
-@pytest.mark.parametrize("mess", sorted(MESSES))
+@pytest.mark.parametrize(
+    ("server", "mess"),
+    [
+        *[("local", mess) for mess in sorted(MESSES)],
+        *[("asyncssh", mess) for mess in ("hooks", "links", "tree closed")],
+    ],
+    indirect=["server"],
+)
 async def test_contamination_by_the_user_is_cleaned(manager: PoolManager, place: Path, mess: str) -> None:
     await make_pool(manager, place)
     canary = place / "canary"
