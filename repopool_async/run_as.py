@@ -6,19 +6,17 @@ both run as the same user, and whatever a lease leaves running is known by that 
 there are and how they become clean is the workspace strategy's business.
 """
 
-import os
 from typing import Final
-
-import attrs
 
 from repopool_async._aio import in_thread
 from repopool_async._git import GitRunner, lessee_environment
-from repopool_async._users import Ground, User, group_name_here, look_here, private_group, start_as
+from repopool_async._users import group_name_here, private_group
 from repopool_async.exceptions import ConfigError
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.as_user import AsUser
 from repopool_async.hosts.base import CloseEntries, FileStep, GiveTree, Host, MakeDirectory, SetAccess, WriteFile
-from repopool_async.hosts.users import group_name_on, look_on
+from repopool_async.hosts.users import group_name_on
+from repopool_async.lessee_user import LesseeUser
 from repopool_async.models import Slot
 
 _PASSED_ON: Final = frozenset(
@@ -29,28 +27,6 @@ _PASSED_ON: Final = frozenset(
     }
 )
 """What of root's environment a lessee gets: the rest may hold root's secrets."""
-_CANNOT_REPLACE: Final = """
-here=$1
-while ! [ -w "$here" ] || { [ "$here" != "$1" ] && [ -k "$here" ]; }; do
-    [ "$here" != / ] || exit 0
-    here=${here%/*}
-    here=${here:-/}
-done
-exit 1
-"""
-"""Succeeds where whoever runs it can write neither to a directory nor to one above, unless that is sticky like /tmp."""
-
-
-@attrs.frozen
-class _Established:
-    """How commands are run as the user."""
-
-    ground: Ground
-    user: User
-    with_python: bool
-
-    def prefix(self, group: int) -> tuple[str, ...]:
-        return start_as(self.ground, [group], with_python=self.with_python)
 
 
 class RunAs:
@@ -80,7 +56,7 @@ class RunAs:
         self._is_here = is_here
         self._workspaces_dir = workspaces_dir
         self._is_isolated = is_isolated
-        self._established: _Established | None = None
+        self._established: LesseeUser | None = None
         self._unnamed: set[int] = set()
 
     async def boot_id(self) -> str:
@@ -88,93 +64,29 @@ class RunAs:
         return await self._host.boot_id()
 
     async def establish(self) -> None:
-        """Find the user on the host, and see that commands can be run as it there.
+        """Find the user on the host, and see that commands can be run as it there; raises as `LesseeUser.established`.
 
-        Raises:
-            ConfigError: who we are there is not root, there is no such user, or it cannot get at the directory.
-            HostUnreachableError: the host does not answer. OSError: it cannot say.
+        Where that is refused nothing more is done as the user, where it cannot be found out it stays as it was.
         """
         self._unnamed.clear()
-        ground = await (in_thread(look_here, self._name) if self._is_here else look_on(self._host, self._name))
         try:
-            self._established = await self._found(ground, self._required(ground))
+            self._established = await LesseeUser.established(
+                self._name,
+                self._host,
+                is_here=self._is_here,
+                workspaces_dir=self._workspaces_dir,
+                refused=self._refusal,
+            )
         except ConfigError:
             self._established = None
             raise
-
-    def _required(self, ground: Ground) -> User:
-        """Return the user, where this is one to run lessees as, and we are somebody who can."""
-        name, umask, user = self._name, ground.umask, ground.user
-        if ground.own_uid != 0:
-            who = "this process" if self._is_here else "the SSH login there"
-            remedy = "start it as root" if self._is_here else "log in as root there (address: root@…)"
-            raise self._refusal(
-                f"only root can run lessees as {name!r}, and {who} runs as user {ground.own_uid}; {remedy}, or leave "
-                f"run_as out"
-            )
-        if umask is not None and umask & 0o055:
-            raise self._refusal(f"with the umask {umask:03o} {name!r} could not read what git writes; set it to 022")
-        if user is None:
-            raise self._refusal(f"there is no user {name!r}; make one, or name another")
-        if user.uid == 0:
-            raise self._refusal("root is no user to run lessees as; name an ordinary one")
-        return user
-
-    async def _found(self, ground: Ground, user: User) -> _Established:
-        """Return how commands can be run as the user, by having tried it."""
-        group = private_group(self._workspaces_dir)
-        failures = []
-        for with_python in (False, True):
-            if not (ground.python if with_python else ground.setpriv):
-                failures.append("there is no python3" if with_python else "there is no setpriv")
-                continue
-            candidate = _Established(ground, user, with_python)
-            failure = await self._tried(candidate, group)
-            if failure is None:
-                return candidate
-            failures.append(failure)
-        raise self._refusal(
-            f"no command can be run as {self._name!r} ({'; '.join(failures)}); install util-linux, which has setpriv"
-        )
-
-    async def _tried(self, candidate: _Established, group: int) -> str | None:
-        """Run commands as the user; return why none can be run so.
-
-        Raises:
-            ConfigError: they can, and the user cannot get at the directory, or could put another in its place.
-        """
-        place = self._workspaces_dir
-        async with self._host.joined() as joined:
-            runs = joined(self._failure(candidate, group, "true"))
-            enters = joined(self._failure(candidate, group, "test", "-x", place))
-            keeps_off = joined(self._failure(candidate, group, "sh", "-c", _CANNOT_REPLACE, "sh", place))
-        if runs.result() is not None:
-            return runs.result()
-        if enters.result() is not None:
-            raise self._refusal(
-                f"{place} cannot be entered by {self._name!r}: it and every directory above must allow that "
-                f"(chmod o+x), or choose another workspaces_dir"
-            )
-        if keeps_off.result() is not None:
-            raise self._refusal(
-                f"{place}, or a directory above, can be changed by {self._name!r}, who could put other slots there; "
-                f"have it belong to root, and write for nobody else (chmod go-w), or choose another workspaces_dir"
-            )
-        return None
-
-    async def _failure(self, candidate: _Established, group: int, *argv: str) -> str | None:
-        """Run a command as the user, with a group like a slot's; return what went wrong."""
-        path = candidate.ground.environment.get("PATH", os.defpath)
-        done = await self._host.run([*candidate.prefix(group), *argv], env={"PATH": path})
-        said = done.stderr.decode(errors="replace").strip()
-        return None if done.exit_code == 0 else said or f"exit status {done.exit_code}"
 
     def _refusal(self, text: str) -> ConfigError:
         where = "this machine" if self._is_here else f"host {self._host.id}"
         return ConfigError(f"{self._repo_name}: run_as, on {where}: {text}", key="run_as")
 
     @property
-    def _present(self) -> _Established:
+    def _present(self) -> LesseeUser:
         if self._established is None:
             raise self._refusal(f"whether {self._name!r} can run commands is not known yet; try again")
         return self._established
