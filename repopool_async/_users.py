@@ -1,8 +1,8 @@
-"""Users of this machine, and how a command is started as one of them.
+"""Users of a machine, and how a command is started as one of them.
 
 The privileges are dropped by a small program between us and the command (`setpriv`, else Python itself): dropping them
-in the child of our own process would cost a copy of its page tables each time. Synchronous look-ups, for one thread
-hop. What users are for is not known here.
+in the child of our own process would cost a copy of its page tables each time. Looking things up on this machine is
+synchronous, for one thread hop; `hosts.users` does it on others. What users are for is not known here.
 """
 
 import grp
@@ -11,14 +11,12 @@ import os
 import pwd
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import attrs
 
-from repopool_async.exceptions import ConfigError
-
-_SYSTEM_PATH: Final = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin"
+SYSTEM_PATH: Final = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin"
 _FIRST_GROUP: Final = 0x7000_0000
 """Above what distributions, containers and user namespaces give out, below where identifiers turn negative."""
 _DROP: Final = """
@@ -47,47 +45,76 @@ class User:
     shell: str
 
 
-def find_user(name: str) -> User:
-    """Look a user up.
+@attrs.frozen
+class Ground:
+    """What running commands as a user stands on, on one machine.
 
-    Raises:
-        ConfigError: there is none, or it is root.
+    Attributes:
+        own_uid: who we are there. umask: of ours; None where nobody says. user: None where there is none of that name.
+        setpriv, python: where these programs are; "" where nowhere. environment: what our own commands start with.
     """
+
+    own_uid: int
+    umask: int | None
+    user: User | None
+    setpriv: str
+    python: str
+    environment: Mapping[str, str]
+
+
+def look_here(name: str) -> Ground:
+    """Return what there is on this machine for running commands as a user."""
+    return Ground(
+        own_uid=os.geteuid(),
+        umask=_umask(),
+        user=_find_user(name),
+        setpriv=shutil.which("setpriv", path=SYSTEM_PATH) or "",
+        python=sys.executable,
+        environment=os.environ,
+    )
+
+
+def _find_user(name: str) -> User | None:
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
-        raise ConfigError(f"run_as: there is no user {name!r} on this machine", key="run_as") from None
-    if entry.pw_uid == 0:
-        raise ConfigError("run_as: root is no user to run lessees as; name an ordinary one", key="run_as")
+        return None
     groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir, entry.pw_shell)
 
 
-def private_group(path: str) -> int:
-    """Return the number of a group that belongs to a path alone: no user is in it, and it has no name.
-
-    Raises:
-        ConfigError: a group of this machine has that very number.
-    """
-    number = _FIRST_GROUP + int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4]) % (1 << 28)
+def _umask() -> int | None:
+    """Return this process's umask; reading it any other way would change it for all threads."""
     try:
-        name = grp.getgrgid(number).gr_name
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), None)
+    except OSError:
+        return None
+
+
+def group_name_here(number: int) -> str:
+    """Return what this machine calls a group; "" where it knows none of that number."""
+    try:
+        return grp.getgrgid(number).gr_name
     except KeyError:
-        return number
-    raise ConfigError(f"{path}: the group number {number} is taken by {name!r}; use another directory", key="run_as")
+        return ""
 
 
-def start_as(user: User, groups: Sequence[int], *, with_python: bool = False) -> tuple[str, ...] | None:
-    """Return what to put before a command so that it runs as a user; None where this machine has nothing for that.
+def private_group(path: str) -> int:
+    """Return the number of a group that belongs to a path alone: no user is in it, and it should have no name."""
+    return _FIRST_GROUP + int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4]) % (1 << 28)
+
+
+def start_as(ground: Ground, groups: Sequence[int], *, with_python: bool = False) -> tuple[str, ...]:
+    """Return what to put before a command so that it runs as the user.
 
     Args:
         groups: further ones. with_python: use Python where `setpriv` did not do.
     """
+    user = ground.user
+    assert user is not None
     everything = ",".join(str(group) for group in dict.fromkeys([*user.groups, *groups]))
     if with_python:
-        return (sys.executable, "-I", "-S", "-c", _DROP, str(user.uid), str(user.gid), everything)
-    setpriv = shutil.which("setpriv", path=_SYSTEM_PATH)
-    if setpriv is None:
-        return None
+        return (ground.python, "-I", "-S", "-c", _DROP, str(user.uid), str(user.gid), everything)
     ids = (f"--reuid={user.uid}", f"--regid={user.gid}", f"--groups={everything}")
-    return (setpriv, *ids, "--inh-caps=-all", "--")
+    return (ground.setpriv, *ids, "--inh-caps=-all", "--")

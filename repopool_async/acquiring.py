@@ -154,7 +154,7 @@ class Acquirer:
 
     def _is_worth_another_slot(self, error: BaseException, slot: Slot) -> bool:
         """Return whether a slot, or its host, is to blame for what went wrong before the lessee had it."""
-        if isinstance(error, HostUnreachableError):
+        if isinstance(error, HostUnreachableError) or self._pool.refusal(slot.host_id) is not None:
             return True
         if isinstance(error, LeaseLostError):
             return self._pool.hosts.is_out(slot.host_id)  # parked meanwhile, by whomever
@@ -233,7 +233,7 @@ class Acquirer:
         delay, longest = coordinator.poll_seconds
         want = Want(self._pool.name, **self._asked(attempt, resolved))
         async with coordinator.ticket(self._pool.name, want, on_change=changed.set) as ticket:
-            while self._pool.hosts.unusable == want.exclude_hosts:
+            while self._pool.unusable == want.exclude_hosts:
                 self._refuse_if_closing()
                 changed.clear()
                 grant = await ticket.claim()
@@ -256,7 +256,7 @@ class Acquirer:
             "branch": resolved.branch,
             "ref": resolved.asked,
             "metadata": attempt.metadata,
-            "exclude_hosts": self._pool.hosts.unusable,
+            "exclude_hosts": self._pool.unusable,
             "detached_ttl": attempt.ttl,
             "wait_seconds": boottime() - attempt.started,
         }
@@ -266,14 +266,14 @@ class Acquirer:
         if boottime() - self._keeper.last_recovery > _RECOVERY_SECONDS:
             await self._keeper.recover()
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
-        hosts = self._pool.hosts
-        is_hopeless = all(slot.state is SlotState.ERROR or hosts.is_closed(slot.host_id) for slot in slots)
+        unusable = self._pool.unusable
+        is_hopeless = all(slot.state is SlotState.ERROR or self._pool.is_closed(slot.host_id) for slot in slots)
         if is_hopeless and not self._keeper.is_making_slots:
             raise self._nothing_to_lease(slots)
         self._tell_deadlock(attempt, slots)
         # A cleaning may have ended since the claim found nothing: then the next claim will find it.
         coming = (SlotState.CLEANING, SlotState.AVAILABLE)
-        is_cleaning = any(slot.state in coming and slot.host_id not in hosts.unusable for slot in slots)
+        is_cleaning = any(slot.state in coming and slot.host_id not in unusable for slot in slots)
         if attempt.timeout == 0 and not (attempt.waits_for_cleaning and (is_cleaning or self._keeper.returning)):
             raise await self._timed_out(attempt, slots)
 
@@ -289,6 +289,8 @@ class Acquirer:
     def _why_not(self, slot: Slot) -> str:
         if slot.state is SlotState.ERROR:
             return f"{slot.slot_id}: {slot.error}"
+        if (refusal := self._pool.refusal(slot.host_id)) is not None:
+            return f"{slot.slot_id}: {refusal}"
         return f"{slot.slot_id}: its host {slot.host_id} is {self._pool.hosts.state(slot.host_id).condition}"
 
     async def _wait_for_change(self, seconds: float) -> None:
@@ -307,6 +309,7 @@ class Acquirer:
         self._pool.hosts.require_usable(grant.slot.host_id)  # it may have changed since the ticket was drawn
         parts = self._pool.parts.of(grant.slot)
         async with self._pool.hosts.expected_to_answer(grant.slot.host_id):
+            await self._pool.require_fit(grant.slot.host_id)  # before anything can run in it
             session = self._session(attempt, parts)
             grant.slot = await enter_sealed(parts.host, self._pool.parts.coordinator, grant, session)
             if attempt.seen is not None and attempt.resolved_by is not parts.mirror:

@@ -17,13 +17,11 @@ from repopool_async.config import PoolConfig, PoolOptions
 from repopool_async.config_hosts import HostSpec
 from repopool_async.coordination.base import Coordinator
 from repopool_async.events import EventBus
-from repopool_async.exceptions import ConfigError
 from repopool_async.host_assembly import HostAssembly
 from repopool_async.host_registry import HostRegistry, Machine
 from repopool_async.hosts.local import LocalHost
 from repopool_async.mirror_sources import Upstream
 from repopool_async.models import LOCAL_HOST, Pool
-from repopool_async.run_as import RunAs
 from repopool_async.shared_state import Locks, PoolRecords
 from repopool_async.slot_allocator import SlotAllocator
 from repopool_async.slot_cleaner import Callbacks
@@ -144,36 +142,11 @@ class Assembler:
             present.clear()
             present.update(environment)
 
-    async def establish(self, options: PoolOptions) -> dict[str, RunAs]:
-        """Find the user that a pool's lessees run as, where it names one, by host; raises as `RunAs.establish`."""
-        if options.run_as is None:
-            return {}
-        machines = [self._shared.hosts.machine(name) for name in self._shared.hosts.chosen(options.hosts)]
-        for machine in machines:
-            if not machine.spec.is_local:
-                raise ConfigError(
-                    f"run_as: works on the manager's machine only, and host {machine.spec.name} is another; leave one "
-                    f"of them out",
-                    key="run_as",
-                )
-        return {
-            machine.spec.name: await RunAs.establish(
-                options.run_as,
-                host=machine.host,
-                workspaces_dir=machine.layout.workspaces_directory,
-                is_isolated=options.isolation == "full",
-            )
-            for machine in machines
-        }
-
-    def assemble(
-        self, record: Pool, options: PoolOptions, run_as: Mapping[str, RunAs], *, current: Callable[[], PoolOptions]
-    ) -> Components:
+    def assemble(self, record: Pool, options: PoolOptions, *, current: Callable[[], PoolOptions]) -> Components:
         """Make a pool's components; its credentials have been given.
 
         Args:
             options: what they are made for. current: returns the options in force when it is called.
-            run_as: what `establish` returned for the options.
         """
         shared = self._shared
 
@@ -188,7 +161,7 @@ class Assembler:
                 record=record,
                 options=options,
                 current=current,
-                run_as=run_as.get(host_id),
+                absences=lambda: shared.hosts.absences(host_id),
                 upstream=upstream,
                 environment=self._environments[machine.spec.is_local][record.repo_name],
                 allow_protocols=shared.config.allow_protocols,

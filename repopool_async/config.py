@@ -103,7 +103,9 @@ class PoolOptions:
         "shared: slots borrow the mirror's objects; full: each has its own, at the price of twice the history's size a "
         "slot and of copying it once a return",
     )
-    run_as: str | None = option(or_none(TEXT), None, "user that lessees' commands run as; only root can do that")
+    run_as: str | None = option(
+        or_none(TEXT), None, "user that lessees' commands run as, on whichever host; only root there can do that"
+    )
     submodules: bool = option(FLAG, False, "whether submodules are checked out, nested ones too")
     lfs: bool = option(FLAG, False, "whether Git LFS files are fetched; false: they are their pointers")
     sparse: tuple[str, ...] = option(

@@ -32,6 +32,7 @@ _WARNINGS: Final = (
     "lease.unconfirmed",
     "session.lost",
     "host.refused",
+    "host.unfit",
     "pool.over_disk_limit",
     "pool.short",
     "host.parked",

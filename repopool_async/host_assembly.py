@@ -13,6 +13,8 @@ import attrs
 from repopool_async._git import GitRunner
 from repopool_async.components import HostParts
 from repopool_async.config import PoolOptions
+from repopool_async.exceptions import ConfigError
+from repopool_async.fitness import Fitness
 from repopool_async.git_operations import GitOperations
 from repopool_async.host_registry import Machine
 from repopool_async.mirror import MIRROR_LOCKS, Mirror
@@ -42,6 +44,7 @@ class HostAssembly:
 
     Attributes:
         options: what they are made for. current: returns the options in force when it is called.
+        absences: returns how often the host was out of use so far.
         upstream: returns what the mirror on a host is to be fetched from, where that is not the origin.
         environment: of the pool's git; its content may be replaced later. emit: tells an event.
     """
@@ -50,7 +53,7 @@ class HostAssembly:
     record: Pool
     options: PoolOptions
     current: Callable[[], PoolOptions]
-    run_as: RunAs | None
+    absences: Callable[[], int]
     upstream: Callable[[Machine], Upstream | None]
     environment: Mapping[str, str]
     allow_protocols: Sequence[str]
@@ -64,7 +67,8 @@ class HostAssembly:
         machine = self.machine
         runner = self._runner()
         mirror = self._mirror(runner)
-        workspace = self._workspace(runner, mirror)
+        run_as = self._run_as()
+        workspace = self._workspace(runner, mirror, run_as)
         return HostParts(
             host_id=machine.spec.name,
             is_here=machine.spec.is_local,
@@ -73,11 +77,30 @@ class HostAssembly:
             lessee_git=GitOperations(machine.lessee_host),
             layout=machine.layout,
             mirror=mirror,
-            cleaner=self._cleaner(runner, mirror, workspace),
+            cleaner=self._cleaner(runner, mirror, workspace, run_as),
             salvage=self._salvage(runner, mirror, workspace),
             cleaning=asyncio.Semaphore(max(2, os.cpu_count() or 2)),
-            run_as=self.run_as,
+            run_as=run_as,
+            fitness=None if run_as is None else Fitness(run_as, self.absences, self._tell_unfit),
         )
+
+    def _run_as(self) -> RunAs | None:
+        """Return the user that lessees run as, of whom nothing is known yet; None only where the pool names none."""
+        if self.options.run_as is None:
+            return None
+        return RunAs(
+            self.options.run_as,
+            repo_name=self.record.repo_name,
+            host=self.machine.host,
+            lessee_host=self.machine.lessee_host,
+            is_here=self.machine.spec.is_local,
+            workspaces_dir=self.machine.layout.workspaces_directory,
+            is_isolated=self.options.isolation == "full",
+        )
+
+    def _tell_unfit(self, refusal: ConfigError) -> None:
+        about = {"repo_name": self.record.repo_name, "host_id": self.machine.spec.name}
+        self.emit("host.unfit", {**about, "reason": str(refusal)})
 
     def _runner(self) -> GitRunner:
         return GitRunner(
@@ -105,7 +128,7 @@ class HostAssembly:
             upstream=self.upstream(self.machine) if self.options.history == "full" else None,
         )
 
-    def _workspace(self, runner: GitRunner, mirror: Mirror) -> CloneWorkspace:
+    def _workspace(self, runner: GitRunner, mirror: Mirror, run_as: RunAs | None) -> CloneWorkspace:
         options = self.options
         sparse = Sparse(host=self.machine.host, git=runner, mirror=mirror, directories=options.sparse)
         lfs = Lfs(host=self.machine.host, git=runner, is_wanted=options.lfs, includes=sparse.includes)
@@ -125,7 +148,7 @@ class HostAssembly:
             lfs=lfs,
             sparse=sparse,
             is_isolated=options.isolation == "full",
-            run_as=self.run_as,
+            run_as=run_as,
             kept=self._kept(runner, mirror),
         )
 
@@ -146,7 +169,9 @@ class HostAssembly:
             is_ahead=self.options.warmup_enabled,
         )
 
-    def _cleaner(self, runner: GitRunner, mirror: Mirror, workspace: WorkspaceStrategy) -> SlotCleaner:
+    def _cleaner(
+        self, runner: GitRunner, mirror: Mirror, workspace: WorkspaceStrategy, run_as: RunAs | None
+    ) -> SlotCleaner:
         return SlotCleaner(
             GitOperations(self.machine.host, runner=runner),
             workspace=workspace,
@@ -154,7 +179,7 @@ class HostAssembly:
             callbacks=self.callbacks,
             on_event=self.emit,
             rebuild_always=self.current().rebuild_always,
-            run_as=self.run_as,
+            run_as=run_as,
             setup=self._setup(runner, mirror),
         )
 

@@ -32,9 +32,9 @@ class HostChores:
 
     async def host_ids(self) -> list[str]:
         """Return the hosts that have something of the pool: those it chooses and those where slots are."""
-        chosen = self._pool.parts.hosts.choose()
+        chosen = [host_id for host_id in self._pool.parts.hosts.choose() if self._pool.refusal(host_id) is None]
         if len(self._pool.hosts.specs) == 1:
-            return list(chosen)
+            return chosen
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
         return list(dict.fromkeys([*chosen, *(slot.host_id for slot in slots)]))
 
@@ -56,12 +56,12 @@ class HostChores:
         """Clone the repository on those of the pool's hosts that can be used, unless that has been done.
 
         Raises:
-            HostUnreachableError: none of them answers. ConfigError: one of them is somebody else's. Otherwise as
-            `Mirror.ensure`.
+            HostUnreachableError: none of them answers. ConfigError: one of them is somebody else's, or none of those
+            that answer can run the pool's lessees. Otherwise as `Mirror.ensure`.
         """
         wanted = self._pool.parts.hosts.choose() if host_ids is None else list(host_ids)
         await self._pool.hosts.require_admitted(wanted)
-        usable = [host_id for host_id in wanted if host_id not in self._pool.hosts.unusable]
+        usable = await self._pool.fit_among(wanted, is_asked=True)
         with passing_told(self._pool.name):
             await together(*[partial(self._make_mirror, host_id) for host_id in usable])
         _ = self._pool.reference  # raises where nobody is left

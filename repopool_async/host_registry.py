@@ -9,6 +9,7 @@ who asks silent hosts again, is not known here.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -105,6 +106,7 @@ class HostRegistry:
         self._is_settled = asyncio.Event()
         self._strangers: set[str] = set()
         self._unusable: frozenset[str] = frozenset()
+        self._absences: Counter[str] = Counter()
         self._tasks = TaskSet("hosts")
         self.on_change: Callable[[], object] = lambda: None
 
@@ -189,6 +191,10 @@ class HostRegistry:
         if host_id in self._unusable:
             raise _out_of_use(host_id)
 
+    def absences(self, host_id: str) -> int:
+        """Return how often a host was found to be unusable so far: what was known of it before may not be so now."""
+        return self._absences[host_id]
+
     @property
     def is_shared(self) -> bool:
         """Whether managers on other machines may use these hosts too."""
@@ -234,6 +240,7 @@ class HostRegistry:
         out |= {name for name in self.specs if self.is_out(name)}
         gone = (self._strangers | self._expected | self._machines.keys()) - self.specs.keys()
         self._unusable = frozenset(out | self._suspects | gone)
+        self._absences.update(self._unusable - before)
         if self._unusable != before:
             self.on_change()
 

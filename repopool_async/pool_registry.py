@@ -220,14 +220,13 @@ class PoolRegistry:
 
     async def _open(self, record: Pool, options: PoolOptions, credentials: Credentials | None) -> RepoPool:
         """Assemble a pool; one that is open already goes on with the new components."""
-        run_as = await self._assembler.establish(options)
         name = record.repo_name
         slots = await self._shared.coordinator.list_slots(name) if self._shared.hosts.is_shared else []
         present = self._pools.get(name)  # only now: somebody else may have opened it meanwhile
         if present is None:
             self._assembler.give_credentials(name, credentials)
         parts = self._assembler.assemble(
-            record, options, run_as, current=lambda: self._pools[name].options if name in self._pools else options
+            record, options, current=lambda: self._pools[name].options if name in self._pools else options
         )
         if present is not None:
             present.use(parts)

@@ -209,7 +209,7 @@ class RepoPool:
 
     def can_be_reached(self, slot: Slot) -> bool:
         """Return whether anything can be done on a slot's host now."""
-        return not self._context.hosts.is_out(slot.host_id)
+        return not self._context.is_out(slot.host_id)
 
     async def hosts_changed(self) -> None:
         """Have leases on hosts that are out of use end, and slots of those that are back be cleaned."""

@@ -6,19 +6,17 @@ both run as the same user, and whatever a lease leaves running is known by that 
 there are and how they become clean is the workspace strategy's business.
 """
 
-import os
-from collections.abc import Mapping
-from typing import Final, Self
-
-import attrs
+from typing import Final
 
 from repopool_async._aio import in_thread
 from repopool_async._git import GitRunner, lessee_environment
-from repopool_async._users import User, find_user, private_group, start_as
+from repopool_async._users import group_name_here, private_group
 from repopool_async.exceptions import ConfigError
 from repopool_async.git_operations import GitOperations
 from repopool_async.hosts.as_user import AsUser
-from repopool_async.hosts.base import FileKind, FileStep, GiveTree, Host, MakeDirectory, SetAccess, WriteFile
+from repopool_async.hosts.base import CloseEntries, FileStep, GiveTree, Host, MakeDirectory, SetAccess, WriteFile
+from repopool_async.hosts.users import group_name_on
+from repopool_async.lessee_user import LesseeUser
 from repopool_async.models import Slot
 
 _PASSED_ON: Final = frozenset(
@@ -31,65 +29,67 @@ _PASSED_ON: Final = frozenset(
 """What of root's environment a lessee gets: the rest may hold root's secrets."""
 
 
-@attrs.frozen
 class RunAs:
-    """The user that a pool's lessees run as.
+    """The user that a pool's lessees run as, on one host; nothing runs, and nothing is given away, until that is known.
 
-    Attributes:
-        is_isolated: whether slots do without the mirror's objects, so that it need not be readable.
+    Args:
+        name: the user's. host: where commands run, `lessee_host`, and where files are given away.
+        is_here: whether that is this machine. is_isolated: whether slots do without the mirror's objects, so that it
+            need not be readable.
     """
 
-    user: User
-    host: Host
-    workspaces_dir: str
-    is_isolated: bool
-    with_python: bool = False
+    def __init__(
+        self,
+        name: str,
+        *,
+        repo_name: str,
+        host: Host,
+        lessee_host: Host,
+        is_here: bool,
+        workspaces_dir: str,
+        is_isolated: bool,
+    ) -> None:
+        self._name = name
+        self._repo_name = repo_name
+        self._host = host
+        self._lessee_host = lessee_host
+        self._is_here = is_here
+        self._workspaces_dir = workspaces_dir
+        self._is_isolated = is_isolated
+        self._established: LesseeUser | None = None
+        self._unnamed: set[int] = set()
 
-    @classmethod
-    async def establish(cls, name: str, *, host: Host, workspaces_dir: str, is_isolated: bool) -> Self:
-        """Find the user and see that commands can be run as it, there.
+    async def boot_id(self) -> str:
+        """Return the host's; see `Host.boot_id`."""
+        return await self._host.boot_id()
 
-        Raises:
-            ConfigError: this process is not root's, there is no such user, or it cannot get at the directory.
+    async def establish(self) -> None:
+        """Find the user on the host, and see that commands can be run as it there; raises as `LesseeUser.established`.
+
+        Where that is refused nothing more is done as the user, where it cannot be found out it stays as it was.
         """
-        if os.geteuid() != 0:
-            raise ConfigError(
-                f"run_as: only root can run lessees as {name!r}, and this process runs as user {os.geteuid()}; start "
-                f"it as root, or leave run_as out",
-                key="run_as",
+        self._unnamed.clear()
+        try:
+            self._established = await LesseeUser.established(
+                self._name,
+                self._host,
+                is_here=self._is_here,
+                workspaces_dir=self._workspaces_dir,
+                refused=self._refusal,
             )
-        umask = await in_thread(_umask)
-        if umask is not None and umask & 0o055:
-            raise ConfigError(
-                f"run_as: with the umask {umask:03o} {name!r} could not read what git writes; set it to 022",
-                key="run_as",
-            )
-        user = await in_thread(find_user, name)
-        candidate = cls(user, host, workspaces_dir, is_isolated)
-        failure: str | None = None
-        for one in (candidate, attrs.evolve(candidate, with_python=True)):
-            failure = await one._failure("true")  # noqa: SLF001 - our own kind
-            if failure is None:
-                await one._require_reach()  # noqa: SLF001
-                return one
-        raise ConfigError(f"run_as: no command can be run as {name!r}: {failure}", key="run_as")
+        except ConfigError:
+            self._established = None
+            raise
 
-    async def _failure(self, *argv: str) -> str | None:
-        """Run a command as the user, with a group like a slot's; return what went wrong."""
-        prefix = start_as(self.user, [private_group(self.workspaces_dir)], with_python=self.with_python)
-        if prefix is None:
-            return "setpriv was not found"
-        done = await self.host.run([*prefix, *argv], env={"PATH": os.environ.get("PATH", os.defpath)})
-        said = done.stderr.decode(errors="replace").strip()
-        return None if done.exit_code == 0 else said or f"exit status {done.exit_code}"
+    def _refusal(self, text: str) -> ConfigError:
+        where = "this machine" if self._is_here else f"host {self._host.id}"
+        return ConfigError(f"{self._repo_name}: run_as, on {where}: {text}", key="run_as")
 
-    async def _require_reach(self) -> None:
-        if await self._failure("test", "-x", self.workspaces_dir) is not None:
-            raise ConfigError(
-                f"run_as: {self.workspaces_dir} cannot be entered by {self.user.name!r}: it and every directory above "
-                f"must allow that (chmod o+x), or choose another workspaces_dir",
-                key="run_as",
-            )
+    @property
+    def _present(self) -> LesseeUser:
+        if self._established is None:
+            raise self._refusal(f"whether {self._name!r} can run commands is not known yet; try again")
+        return self._established
 
     # -- what a lease runs with ----------------------------------------------------------------------------------
 
@@ -99,9 +99,7 @@ class RunAs:
 
     def host_for(self, slot: Slot) -> Host:
         """Return the host that runs commands as the user, in the slot."""
-        prefix = start_as(self.user, [self.group_of(slot)], with_python=self.with_python)
-        assert prefix is not None
-        host: Host = AsUser(self.host, prefix)
+        host: Host = AsUser(self._lessee_host, self._present.prefix(self.group_of(slot)))
         return host
 
     def git_for(self, slot: Slot) -> GitOperations:
@@ -110,11 +108,10 @@ class RunAs:
             runner=GitRunner(self.host_for(slot), environment=lessee_environment(self.environment(slot)))
         )
 
-    def environment(self, slot: Slot, source: Mapping[str, str] | None = None) -> dict[str, str]:
+    def environment(self, slot: Slot) -> dict[str, str]:
         """Return what the user's commands start with: as after a login, with nothing of root's but the ordinary."""
-        given = os.environ if source is None else source
+        given, user = self._present.ground.environment, self._present.user
         kept = {name: value for name, value in given.items() if name in _PASSED_ON or name.startswith("LC_")}
-        user = self.user
         return {
             **kept,
             "HOME": user.home,
@@ -129,42 +126,47 @@ class RunAs:
 
     def give(self, tree: str) -> FileStep:
         """Return the step that gives the user a tree we have just made, where nobody reaches it yet."""
-        return GiveTree(tree, self.user.uid, self.user.gid)
+        user = self._present.user
+        return GiveTree(tree, user.uid, user.gid)
+
+    async def require_own_group(self, slot: Slot) -> None:
+        """See that the group of a slot is nobody's, unless that is known.
+
+        Raises:
+            ConfigError: it has a name on the host. HostUnreachableError, OSError: the host cannot be asked.
+        """
+        group = self.group_of(slot)
+        if group in self._unnamed:
+            return
+        name = await (in_thread(group_name_here, group) if self._is_here else group_name_on(self._host, group))
+        if name:
+            raise self._refusal(f"{slot.path}: the group number {group} is taken by {name!r}; use another directory")
+        self._unnamed.add(group)
 
     async def secure(self, slot: Slot) -> None:
-        """Let the user get at the slot's tree and at nothing else in the pool that it could change or lock."""
+        """Let the user get at the slot's tree and at nothing else in the pool that it could change or lock.
+
+        A piece that asks the host once.
+        """
         slot_directory = slot.path.rpartition("/")[0]
         pool_directory = slot_directory.rpartition("/slots/")[0]
-        mirror_mode = 0o700 if self.is_isolated else 0o755
-        await self.host.apply(
+        mirror_mode = 0o700 if self._is_isolated else 0o755
+        gitconfig = _gitconfig(slot)
+        await self._host.apply(
             [
                 *(MakeDirectory(f"{pool_directory}/{name}") for name in ("tickets", "trash")),
-                WriteFile(_gitconfig(slot), _git_configuration(slot.repo_url).encode(errors="surrogateescape")),
-                SetAccess(f"{self.workspaces_dir}/locks", 0, 0, 0o700),
-            ]
-        )
-        open_ones = {"slots": SetAccess(f"{pool_directory}/slots", 0, 0, 0o711)}
-        open_ones["mirror.git"] = SetAccess(f"{pool_directory}/mirror.git", 0, 0, mirror_mode)
-        await self._close(pool_directory, open_ones)
-        own = {"tree": None, "gitconfig": SetAccess(_gitconfig(slot), 0, 0, 0o644)}
-        await self._close(slot_directory, own)
-        await self.host.apply(
-            [
+                MakeDirectory(slot_directory),
+                WriteFile(gitconfig, _git_configuration(slot.repo_url).encode(errors="surrogateescape")),
+                SetAccess(f"{self._workspaces_dir}/locks", 0, 0, 0o700, is_optional=True),
+                SetAccess(f"{pool_directory}/slots", 0, 0, 0o711),
+                SetAccess(f"{pool_directory}/mirror.git", 0, 0, mirror_mode),
+                CloseEntries(pool_directory, ("slots", "mirror.git")),
+                SetAccess(gitconfig, 0, 0, 0o644),
+                CloseEntries(slot_directory, ("tree", gitconfig.rpartition("/")[2])),
                 SetAccess(pool_directory, 0, 0, 0o711),
                 SetAccess(slot_directory, 0, self.group_of(slot), 0o710),
             ]
         )
-
-    async def _close(self, directory: str, exceptions: Mapping[str, FileStep | None]) -> None:
-        """Take everything in a directory from everybody but root, apart from the exceptions."""
-        steps: list[FileStep] = [step for step in exceptions.values() if step is not None]
-        for name in await self.host.list_directory(directory):
-            stat = await self.host.stat(f"{directory}/{name}")
-            if stat is None or name in exceptions or stat.kind not in (FileKind.FILE, FileKind.DIRECTORY):
-                continue
-            mode = 0o700 if stat.kind is FileKind.DIRECTORY else 0o600
-            steps.append(SetAccess(f"{directory}/{name}", 0, 0, mode))
-        await self.host.apply(steps)
 
 
 def _gitconfig(slot: Slot) -> str:
@@ -178,12 +180,3 @@ def _git_configuration(url: str) -> str:
         escaped = path.rstrip("/").replace("\\", "\\\\").replace('"', '\\"')
         text += f'[safe]\n\tdirectory = "{escaped}"\n\tdirectory = "{escaped}/.git"\n'
     return text
-
-
-def _umask() -> int | None:
-    """Return this process's umask; reading it any other way would change it for all threads."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
-            return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), None)
-    except OSError:
-        return None

@@ -269,7 +269,8 @@ class Salvage:
                 `<branch>.<their name>`.
             is_clean: whether to check the files out and to make stash entries; otherwise the files become the branch
                 `<branch>.files` and each stash a branch `<branch>.stash-<n>`.
-            is_here: whether the clone lies where this does. What lies elsewhere goes through this process's memory.
+            is_here: whether the clone lies where this does, and `run` acts for somebody who can read this. Otherwise it
+                goes through this process's memory.
 
         Raises:
             RefError: no branch can be called so. PoolManagerError: git refused, because a branch of that name exists
@@ -299,7 +300,7 @@ class Salvage:
         )
 
     async def _send(self, record: SalvageRecord, ref: str, run: RunCommand) -> None:
-        """Bring what a clone on another machine lacks of saved work into it, in one pack."""
+        """Bring what a clone lacks of saved work, which it cannot fetch, into it, in one pack."""
         commit = f"{record.commit}\n".encode()
         if b" missing" not in (await run("git", "cat-file", "--batch-check", input=commit)).stdout:
             return

@@ -37,7 +37,7 @@ class SalvageCatalogue:
         """Bring saved work back into a leased slot."""
         found, record = await self._find(salvage_id)
         is_clean = await slot.is_clean_working_tree()
-        is_here = found.host_id == slot.host_id
+        is_here = found.host_id == slot.host_id and found.pool.options.run_as is None
         return await found.salvage.restore(record, slot.run, branch=branch, is_clean=is_clean, is_here=is_here)
 
     async def restore_into(

@@ -184,7 +184,11 @@ class SlotCleaner:
             looks: whether to look at the tree as well.
         """
         ending = await self._ending_processes(slot)
-        looking = await self._looking(slot) if looks else None
+        looking = None
+        if looks:
+            with _left_to_the_cleaning(slot):
+                rung, trusts = self._ordinary_rung, self._trusts_untouched
+                looking = await self._strategy(slot).looking(slot, rung=rung, trust_untouched=trusts)
 
         async def end_and_look() -> Left:
             ended: asyncio.Future[EndedProcesses] | None = None
@@ -196,12 +200,6 @@ class SlotCleaner:
             return Left(_outcome(ended), _outcome(look))
 
         return end_and_look
-
-    async def _looking(self, slot: Slot) -> Callable[[], Coroutine[Any, Any, Look]] | None:
-        if self._ordinary_rung is Rung.CLEAN:
-            with _left_to_the_cleaning(slot):
-                return await self._strategy(slot).looking(slot, trust_untouched=self._trusts_untouched)
-        return None
 
     async def cleanup_after_release(
         self, slot: Slot, checkout: Checkout | None = None, *, left: "Left | None" = None

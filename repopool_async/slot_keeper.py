@@ -22,6 +22,7 @@ from repopool_async.coordination.base import Hold
 from repopool_async.disk_full import is_passing
 from repopool_async.exceptions import (
     CleanupError,
+    ConfigError,
     CoordinatorUnavailableError,
     FencedError,
     GitOperationError,
@@ -138,6 +139,7 @@ class SlotKeeper:
                 async with parts.cleaning:
                     if not parts.is_here:  # where asking costs more than looking, the tree is looked at as well
                         slot, left = await self._leave(hold, ends=slot if looks else None, looks=True)
+                    await self._pool.require_fit(slot.host_id)
                     with upkeep(guard_of(slot)):
                         slot, result = await self._do(hold, slot, work, left)
             if slot.slot_id in await self._surplus():  # only now: nothing of its lease runs, what was to be saved is
@@ -148,8 +150,10 @@ class SlotKeeper:
             await self._pool.parts.coordinator.finish(hold, available(slot, result.seal, now()))
             self._pool.parts.emit("slot.available", {"slot_id": slot.slot_id, "seconds": result.duration_seconds})
         except (PoolManagerError, OSError, TimeoutError) as error:
-            # Fenced off, the slot is somebody else's; or its host was started anew, and wants it entered again.
-            if is_passing(error) or isinstance(error, HostUnreachableError | FencedError):
+            # Fenced off, the slot is somebody else's; or its host was started anew, and wants it entered again. That
+            # its host has no such user (any more) says nothing of the slot.
+            is_elsewhere = isinstance(error, HostUnreachableError | FencedError)
+            if is_passing(error) or is_elsewhere or self._pool.refusal(slot.host_id) is not None:
                 await self._postpone(hold, slot, error)
             else:
                 await self.quarantine(hold, slot, error)
@@ -339,7 +343,7 @@ class SlotKeeper:
         """
         found = await self.chores.check_mirrors()
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            problems = [] if self._pool.hosts.is_out(slot.host_id) else await self._check_slot(slot.slot_id)
+            problems = [] if self._pool.is_out(slot.host_id) else await self._check_slot(slot.slot_id)
             if problems:
                 found[slot.slot_id] = problems
         return found
@@ -375,7 +379,7 @@ class SlotKeeper:
     async def drain(self) -> None:
         """Make the trees of all unleased slots anew."""
         for slot in await self._pool.parts.coordinator.list_slots(self._pool.name):
-            if slot.state is not SlotState.ALLOCATED and not self._pool.hosts.is_out(slot.host_id):
+            if slot.state is not SlotState.ALLOCATED and not self._pool.is_out(slot.host_id):
                 with suppress(SlotInUseError, SlotNotFoundError):  # it has just been leased or removed
                     await self.repair_slot(slot.slot_id)
 
@@ -408,8 +412,12 @@ class SlotKeeper:
             self._pool.changed.set()
 
     async def _make_if_reached(self, site: Site) -> None:
-        with suppress(HostUnreachableError):  # it is suspect now, so that no site will be there
+        try:
             await self._maker.make(site)
+        except (HostUnreachableError, ConfigError) as error:
+            is_known = isinstance(error, HostUnreachableError) or self._pool.refusal(site.host_id) is not None
+            if not is_known:  # otherwise its host is suspect or unfit now, so that no site will be there
+                raise
 
     async def add_slot(self) -> Slot:
         """Make one more slot (7.1, 7.2) and return it AVAILABLE.
@@ -509,8 +517,9 @@ class SlotKeeper:
         await self._settle(hold, hold.slot, repair)
         if not outcome:
             slot = await self._pool.parts.coordinator.get_slot(hold.slot.slot_id)
+            reason = slot.error or self._pool.refusal(slot.host_id)
             raise CleanupError(
-                f"{slot.slot_id}: could not be repaired: {slot.error}", slot_id=slot.slot_id, repo_name=self._pool.name
+                f"{slot.slot_id}: could not be repaired: {reason}", slot_id=slot.slot_id, repo_name=self._pool.name
             )
         return outcome[0]
 
@@ -546,7 +555,7 @@ class SlotKeeper:
         self.last_recovery = boottime()
         recovered = []
         for orphan in await self._pool.parts.coordinator.orphans(self._pool.name):
-            if self._pool.hosts.is_out(orphan.host_id):
+            if self._pool.is_out(orphan.host_id):
                 continue  # it could not be cleaned there
             hold = None
             with suppress(SlotNotFoundError):  # somebody else has just finished deleting it

@@ -40,7 +40,8 @@ class SlotMaker:
         """Say where the pool's next slots are to be made, and reserve their numbers.
 
         Raises:
-            SlotAllocationError: its hosts cannot hold so many, or none of them can be used now.
+            SlotAllocationError: its hosts cannot hold so many, or none of them can be used now. ConfigError: none of
+            those that can runs its lessees.
         """
         coordinator = self._pool.parts.coordinator
         hosts = await self._hosts_of(count)
@@ -48,8 +49,7 @@ class SlotMaker:
 
     async def _hosts_of(self, count: int) -> list[str]:
         registry = self._pool.hosts
-        chosen = self._pool.parts.hosts.choose()
-        hosts = [name for name in chosen if name not in registry.unusable]
+        hosts = await self._pool.fit_among(self._pool.parts.hosts.choose())
         if hosts == [LOCAL_HOST] and registry.specs[LOCAL_HOST].capacity is None:
             return hosts * count
         slots = await self._pool.parts.coordinator.list_slots(self._pool.name)
@@ -89,6 +89,7 @@ class SlotMaker:
         hold = await self._pool.parts.coordinator.create(slot)
         try:
             async with self._pool.at_work(slot):
+                await self._pool.require_fit(site.host_id)
                 with passing_told(self._pool.name):
                     result = await parts.cleaner.provision(slot, await standing(self._pool, slot))
             assert result.seal is not None

@@ -17,6 +17,7 @@ from repopool_async import (
     LeaseLostError,
     PoolConfig,
     PoolManager,
+    RepoPool,
     Slot,
     SlotElsewhereError,
     SlotState,
@@ -111,19 +112,38 @@ async def test_how_many_executions_a_cleaning_is(
     script, executions = _CHANGES[change]
     leave_alone(manager, monkeypatch)
     pool = await manager.create_pool("web", str(origin), num_slots=1, hosts=["box"], fetch_max_age=3600)
-    counted = 0
-    for _ in range(2):  # the first asks what is known of the commit afterwards
-        async with pool.lease() as slot:
-            await slot.run("sh", "-c", script)
-            before = box.exec_count
-        await manager.wait_clean()
-        counted = box.exec_count - before
-    assert counted == executions
+    assert await executions_of_a_cleaning(manager, pool, box, script) == executions
     async with pool.lease() as slot:
         assert (await slot.run("git", "status", "--porcelain", "--ignored")).text == ""
         assert (await slot.run("git", "rev-parse", "HEAD", "origin/main")).text.split() == [slot.commit] * 2
         assert (await slot.run("git", "ls-files", "--stage")).text.count("\n") > 1
         assert (await slot.run("git", "fsck", "--strict")).exit_code == 0
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+async def test_how_many_executions_making_a_tree_anew_is(
+    manager: PoolManager, box: SshHost, origin: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """What ends the lease is one, a tree beside the slot's another, and the last puts it in its place."""
+    leave_alone(manager, monkeypatch)
+    options = {"hosts": ["box"], "fetch_max_age": 3600, "rebuild_always": True}
+    pool = await manager.create_pool("web", str(origin), num_slots=1, **options)
+    assert await executions_of_a_cleaning(manager, pool, box, _CHANGES[change][0]) == 3
+    async with pool.lease() as slot:
+        assert (await slot.run("git", "status", "--porcelain", "--ignored")).text == ""
+        assert (await slot.run("git", "fsck", "--strict")).exit_code == 0
+
+
+async def executions_of_a_cleaning(manager: PoolManager, pool: RepoPool, box: SshHost, script: str) -> int:
+    """Return how many the second of two cleanings was: the first asks what is known of the commit afterwards."""
+    counted = 0
+    for _ in range(2):
+        async with pool.lease() as slot:
+            await slot.run("sh", "-c", script)
+            before = box.exec_count
+        await manager.wait_clean()
+        counted = box.exec_count - before
+    return counted
 
 
 async def test_what_a_lease_left_running_ends_and_its_token_is_refused(

@@ -11,11 +11,15 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from repopool_async import ConfigError, LeasedSlot, PoolConfig, PoolManager, SlotState
-from repopool_async._users import find_user, private_group, start_as
+from repopool_async import ConfigError, HostSpec, LeasedSlot, PoolConfig, PoolManager, SlotState, SshHost
+from repopool_async._users import look_here, private_group, start_as
+from repopool_async.hosts._ssh_connection import SshOptions
+from tests.hosts import sshd
+from tests.hosts.sshd import Keys, Server
 
 USER = "nobody"
 SLOT = "workspace-web-slot1"
@@ -40,10 +44,41 @@ def place(origin: Path) -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server | None]:
+    """Where the pool lies: on this machine, or on one that is reached over SSH, as root, and is this one as well."""
+    if request.param == "local":
+        yield None
+        return
+    if request.param == "openssh" and not os.path.exists(sshd.SSHD):
+        assert "REPOPOOL_CI" not in os.environ, "the checks install openssh-server"
+        pytest.skip("there is no OpenSSH sshd on this machine")
+    serve = {"asyncssh": sshd.asyncssh_server, "openssh": sshd.openssh_server}[request.param]
+    with serve(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+        yield server
+
+
+here = pytest.mark.parametrize("server", ["local"], indirect=True)
+here_and_there = pytest.mark.parametrize("server", ["local", "asyncssh"], indirect=True)
+everywhere = pytest.mark.parametrize("server", ["local", "asyncssh", "openssh"], indirect=True)
+
+
 @pytest.fixture
-async def manager(place: Path) -> AsyncIterator[PoolManager]:
-    async with PoolManager(PoolConfig(workspaces_dir=place / "pools")) as manager:
-        yield manager
+async def manager(place: Path, server: Server | None) -> AsyncIterator[PoolManager]:
+    if server is None:
+        async with PoolManager(PoolConfig(workspaces_dir=place / "pools")) as manager:
+            yield manager
+        return
+    options = SshOptions(config=(str(server.config),))
+    async with SshHost("box", options=options, sessions_directory=str(place / "pools/.sessions")) as box:
+        spec = HostSpec("box", workspaces_dir=str(place / "pools"), host=box)
+        async with PoolManager(PoolConfig(workspaces_dir=place / "here"), hosts=[spec]) as manager:
+            yield manager
+
+
+async def make_pool(manager: PoolManager, place: Path, **options: Any) -> None:
+    elsewhere = {"hosts": ["box"]} if "box" in manager._shared.hosts.specs else {}
+    await manager.create_pool("web", str(place / "origin.git"), **{"run_as": USER, **elsewhere, **options})
 
 
 def git(path: Path, *args: str) -> str:
@@ -71,8 +106,9 @@ async def assert_clean(manager: PoolManager, place: Path) -> None:
     await manager.wait_clean()
 
 
+@everywhere
 async def test_commands_run_as_the_user_with_its_groups_and_home(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     user = pwd.getpwnam(USER)
     async with manager.lease("web") as slot:
         assert await shell(slot, "id -u; id -g; id -ru; id -rg") == "\n".join([str(user.pw_uid), str(user.pw_gid)] * 2)
@@ -88,11 +124,12 @@ async def test_commands_run_as_the_user_with_its_groups_and_home(manager: PoolMa
             await slot.run("no-such-command")
 
 
+@here_and_there
 async def test_roots_environment_stays_with_root(
     manager: PoolManager, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEPLOY_TOKEN", "secret")
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     async with manager.lease("web") as slot:
         assert "secret" not in await shell(slot, "env")
         assert await shell(slot, "cat /proc/$PPID/environ 2>&1 | tr -d '\\0' | grep -c secret") == "0"
@@ -100,8 +137,9 @@ async def test_roots_environment_stays_with_root(
         assert "MINE=yes" in given.text
 
 
+@here_and_there
 async def test_a_lessee_works_in_its_slot_as_in_any_clone(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     (place / "origin.git").chmod(0o755)
     async with manager.lease("web", new_branch="agent/x") as slot:
         assert await slot.is_clean_working_tree()
@@ -123,8 +161,9 @@ async def test_a_lessee_works_in_its_slot_as_in_any_clone(manager: PoolManager, 
     await assert_clean(manager, place)
 
 
+@here_and_there
 async def test_a_fresh_slot_needs_no_refreshing(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     for ref in ("main", "feature/x", "main"):
         async with manager.lease("web", ref=ref) as slot:
             assert await shell(slot, "git diff-files; git diff-index HEAD") == ""
@@ -135,12 +174,16 @@ async def test_a_fresh_slot_needs_no_refreshing(manager: PoolManager, place: Pat
     assert all(entry.success and entry.rung is None for entry in log), log
 
 
-@pytest.mark.parametrize("isolation", ["shared", "full"])
+@pytest.mark.parametrize(
+    ("server", "isolation"), [("local", "shared"), ("local", "full"), ("asyncssh", "full")], indirect=["server"]
+)
 async def test_a_lessee_writes_nowhere_but_in_its_tree(manager: PoolManager, place: Path, isolation: str) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), num_slots=2, run_as=USER, isolation=isolation)
+    await make_pool(manager, place, num_slots=2, isolation=isolation)
     pool = place / "pools/web"
     async with manager.lease("web") as slot, manager.lease("web") as other:
         own = slot.path.parent
+        locks = list((place / "pools/locks").glob("*"))  # they are where the manager is
+        assert bool(locks) is (slot.host_id == "local")
         for path in (
             *(pool, pool / "slots", pool / "mirror.git", pool / "mirror.git/objects", pool / "trash", pool / "tickets"),
             *(place / "pools", place / "pools/locks", own, own / "pristine", own / "pristine/git", other.path),
@@ -152,7 +195,7 @@ async def test_a_lessee_writes_nowhere_but_in_its_tree(manager: PoolManager, pla
             *(pool / "mirror.git/packed-refs", pool / "mirror.git/repopool/state.json", own / "pristine/git/index"),
             *(other.path / "README.md", other.path.parent / "slot.json"),
             *((pool / "mirror.git/objects").rglob("*")),
-            *((place / "pools/locks").iterdir()),
+            *locks,
         ):
             if path.is_file():
                 before = path.read_bytes()
@@ -165,7 +208,7 @@ async def test_a_lessee_writes_nowhere_but_in_its_tree(manager: PoolManager, pla
         assert await is_refused(slot, f"ls {other.path}")
         assert await is_refused(slot, f"cat {other.path}/README.md")
         # Locks must be out of reach even of reading: whoever can open a file can lock it.
-        for lock in (place / "pools/locks").iterdir():
+        for lock in locks:
             assert await is_refused(slot, f"cat {lock}")
         assert await is_refused(slot, f"cat {own}/slot.json")
     await manager.wait_clean()
@@ -190,9 +233,16 @@ MESSES = {
 
 
 @pytest.mark.sampled(one_in=2)
-@pytest.mark.parametrize("mess", sorted(MESSES))
+@pytest.mark.parametrize(
+    ("server", "mess"),
+    [
+        *[("local", mess) for mess in sorted(MESSES)],
+        *[("asyncssh", mess) for mess in ("hooks", "links", "tree closed")],
+    ],
+    indirect=["server"],
+)
 async def test_contamination_by_the_user_is_cleaned(manager: PoolManager, place: Path, mess: str) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     canary = place / "canary"
     canary.mkdir()
     canary.chmod(0o777)
@@ -207,8 +257,9 @@ async def test_contamination_by_the_user_is_cleaned(manager: PoolManager, place:
     assert list(canary.iterdir()) == []
 
 
+@everywhere
 async def test_whatever_a_lease_left_running_is_ended_marked_or_not(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     shed = "setsid env -i PATH=/usr/bin:/bin sh -c 'cd /; echo $$; exec sleep 600' &"
     async with manager.lease("web") as slot:
         async with slot.open_process("sh", "-c", shed) as process:
@@ -222,6 +273,7 @@ async def test_whatever_a_lease_left_running_is_ended_marked_or_not(manager: Poo
     await assert_clean(manager, place)
 
 
+@here_and_there
 async def test_threads_whose_first_one_has_ended_are_ended_too(manager: PoolManager, place: Path) -> None:
     python = shutil.which("python3", path="/usr/bin:/bin")
     if python is None or platform.machine() != "x86_64":
@@ -231,7 +283,7 @@ async def test_threads_whose_first_one_has_ended_are_ended_too(manager: PoolMana
         "print(os.getpid(), flush=True); ctypes.CDLL(None).syscall(60, 0)"
     )
     shed = f"cd /; setsid env -i {python} -ISc '{code}' &"
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     async with manager.lease("web") as slot:
         async with slot.open_process("sh", "-c", shed) as process:
             pid = int((await process.read()).decode())
@@ -248,8 +300,9 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+@here_and_there
 async def test_another_lease_of_the_same_user_is_left_running(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), num_slots=2, run_as=USER)
+    await make_pool(manager, place, num_slots=2)
     async with manager.lease("web") as stays, stays.open_process("sleep", "600") as process:
         async with manager.lease("web") as goes:
             await goes.run("true")
@@ -257,9 +310,10 @@ async def test_another_lease_of_the_same_user_is_left_running(manager: PoolManag
         assert process.exit_code is None
 
 
+@here_and_there
 async def test_a_user_that_keeps_racing_reaches_nothing_outside(manager: PoolManager, place: Path) -> None:
     """Something of the lessee's, ended only in the middle of the return, swaps directories for links all the time."""
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     outside = place / "outside"
     outside.mkdir()
     (outside / "app.py").write_text("mine\n")
@@ -274,16 +328,19 @@ async def test_a_user_that_keeps_racing_reaches_nothing_outside(manager: PoolMan
     await assert_clean(manager, place)
 
 
+@here_and_there
 async def test_records_and_trees_have_the_owners_they_should(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     slot = place / "pools/web/slots/slot1"
     status = os.stat(slot)
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, private_group(f"{slot}/tree"), 0o710)
     assert stat.S_IMODE(os.stat(slot / "pristine").st_mode) == 0o700
-    assert stat.S_IMODE(os.stat(place / "pools/locks").st_mode) == 0o700
+    if (place / "pools/locks").exists():  # they are where the manager is
+        assert stat.S_IMODE(os.stat(place / "pools/locks").st_mode) == 0o700
     assert os.stat(slot / "tree/.git/index").st_uid == pwd.getpwnam(USER).pw_uid
 
 
+@here_and_there
 async def test_a_user_that_cannot_be_is_refused_before_anything_is_made(manager: PoolManager, place: Path) -> None:
     for name, words in [("no-such-user", "there is no user"), ("root", "ordinary")]:
         with pytest.raises(ConfigError, match=words):
@@ -310,8 +367,7 @@ async def test_an_ordinary_manager_is_refused(place: Path) -> None:
     )
     (place / "theirs").mkdir()
     os.chown(place / "theirs", pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)
-    prefix = start_as(find_user(USER), [])
-    assert prefix is not None
+    prefix = start_as(look_here(USER), [])
     path = os.pathsep.join(entry for entry in sys.path if entry)
 
     async def run(code: str) -> "subprocess.CompletedProcess[str]":
@@ -329,11 +385,12 @@ async def test_an_ordinary_manager_is_refused(place: Path) -> None:
     assert "only root can run lessees as 'daemon'" in done.stdout, done
 
 
+@here_and_there
 async def test_python_does_where_setpriv_is_missing(
     manager: PoolManager, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repopool_async._users._SYSTEM_PATH", "/nowhere")
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    monkeypatch.setattr("repopool_async._users.SYSTEM_PATH", "/nowhere")
+    await make_pool(manager, place)
     async with manager.lease("web") as slot:
         assert await shell(slot, "id -un") == USER
         assert private_group(str(slot.path)) in {int(group) for group in (await shell(slot, "id -G")).split()}
@@ -341,7 +398,33 @@ async def test_python_does_where_setpriv_is_missing(
         assert await is_refused(slot, f"touch {slot.path.parent}/planted")
 
 
+@here
 async def test_the_user_is_for_ever(manager: PoolManager, place: Path) -> None:
-    await manager.create_pool("web", str(place / "origin.git"), run_as=USER)
+    await make_pool(manager, place)
     with pytest.raises(ConfigError, match="run_as is nobody and stays so"):
         await manager.create_pool("web", str(place / "origin.git"))
+
+
+@here_and_there
+async def test_work_that_was_not_pushed_is_saved_and_brought_back_as_the_users(
+    manager: PoolManager, place: Path
+) -> None:
+    await make_pool(manager, place)
+    pool = await manager.get_pool("web")
+    slot = await manager.allocate_slot("web")
+    assert slot is not None
+    await slot.run(
+        "sh", "-c", "echo x >one; git add one; git commit -qm one; echo y >>README.md; echo z >new", env=IDENTITY
+    )
+    commit = await slot.get_current_commit()
+    await pool.watch.force_unlock(slot.slot_id)
+    await manager.wait_clean()
+    (record,) = await manager.list_salvage()
+    async with manager.lease("web") as other:
+        restored = await manager.restore_salvage(record.salvage_id, other)
+        assert restored.is_checked_out
+        assert await other.get_current_commit() == commit
+        assert await shell(other, "git status --porcelain") == "M README.md\n?? new"
+        owners = {os.lstat(path).st_uid for path in [other.path, *other.path.rglob("*")]}
+        assert owners == {pwd.getpwnam(USER).pw_uid}
+    await assert_clean(manager, place)

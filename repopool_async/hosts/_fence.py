@@ -38,6 +38,7 @@ _NAME: Final = re.compile(r"000[0-9]{17}(~.*)?", re.DOTALL)
 """What a token is called, and what is said of it; other names in a fence are a lessee's."""
 _REGISTERED: Final = re.compile(r"([0-9]+)\.([0-9]+)")
 _SHELLS_OWN: Final = ("PWD", "OLDPWD", "SHLVL")
+_SYSTEM_PATH: Final = b"/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin"
 
 
 def top_of(slot_directory: str) -> str:
@@ -211,7 +212,8 @@ def _registered(slot_directory: str, last: int) -> Iterator[_Registered]:
 def guarded(argv: Sequence[str], env: Mapping[str, str], guard: Guard) -> tuple[list[str], Mapping[str, str]]:
     """Return the command and environment that register a process, look at the fence, and become the command."""
     # In a subshell, so that no variable of ours overwrites one of the command's; `$$` is the shell's own there, too.
-    lines = [b"(\n" + library("fence") + b'register "$1" "$2"\n) || exit %d' % REFUSED]
+    # Not by the command's PATH: programs of a lessee's may come first in it, and we may be somebody else.
+    lines = [b"(\nPATH=%b\n" % _SYSTEM_PATH + library("fence") + b'register "$1" "$2"\n) || exit %d' % REFUSED]
     lines += [_as_given(name, env) for name in _SHELLS_OWN]
     # The mark comes last: what has not been admitted yet is refused, and must not be killed instead.
     lines += [b"export " + fence_mark(guard).encode(), b'shift 2\nexec "$@"']

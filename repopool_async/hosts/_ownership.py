@@ -1,12 +1,14 @@
-"""Giving files to a user: one path, or a whole tree that we have just made.
+"""Giving files to a user, one path or a whole tree that we have just made, and taking them from all users.
 
 Synchronous; for one thread hop each. No link is followed.
 """
 # ruff: noqa: PTH208 - descriptors are what this module is about
 
+import contextlib
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -24,6 +26,24 @@ def set_access(path: str, uid: int, gid: int, mode: int) -> None:
             os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)
+
+
+def close_entries(directory: str, spared: Collection[str]) -> None:
+    """Make the files and directories in a directory root's alone; what goes meanwhile is passed over."""
+    for entry in sorted({*os.listdir(directory)} - {*spared}):
+        path = f"{directory}/{entry}"
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                _close(path, 0o700 if stat.S_ISDIR(mode) else 0o600)
+
+
+def _close(path: str, mode: int) -> None:
+    try:
+        set_access(path, 0, 0, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link has come in its place
+            raise
 
 
 def give_tree(root: str, uid: int, gid: int) -> None:

@@ -22,6 +22,7 @@ import attrs
 
 from repopool_async.exceptions import FencedError
 from repopool_async.hosts.base import (
+    CloseEntries,
     Command,
     CopyFile,
     Discard,
@@ -249,33 +250,26 @@ def framed(
 
 
 def starting(
-    argv: Sequence[str],
-    word: str,
-    *,
-    env: Mapping[str, str],
-    cwd: str,
-    guard: Guard | None,
-    has_stdin: bool,
-    upkeep: Guard | None = None,
+    one: Command, word: str, *, guard: Guard | None, has_stdin: bool, upkeep: Guard | None = None
 ) -> tuple[str, bytes]:
     """Return the command that a channel executes, and the script it reads, to become one command.
 
     Args:
-        guard: of a lessee's command. upkeep: of one of the pool's own.
+        one: its input is not asked for. guard: of a lessee's command. upkeep: of one of the pool's own.
         has_stdin: whether the command's standard input is what comes after the script; it is empty otherwise.
     """
     lines = [
         library("core", "starting", *(("fence",) if guard or upkeep else ())) + b"N=" + word.encode(),
-        command("find_command", argv[0], env.get("PATH", os.defpath), cwd) + b' || refused "refused $refusal"',
+        _finding(one) + b' || refused "refused $refusal"',
     ]
     if guard is not None:
         lines.append(command("register", guard.slot_directory, padded(guard.token)) + b' || refused "fenced ${top-}"')
     if upkeep is not None:
         lines.append(admitted(upkeep))
-    lines += [b"started_as", variables(env)]
+    lines += [b"started_as", variables(one.env)]
     if guard is not None:
         lines.append(b"export " + fence_mark(guard).encode())
-    lines.append(b"exec " + b" ".join(map(quote, argv)) + (b"" if has_stdin else b" </dev/null"))
+    lines.append(_becoming(one) + (b"" if has_stdin else b" </dev/null"))
     script = b"\n".join(lines)
     if not has_stdin:
         return CLEAN_BOOTSTRAP, b"{\n" + script + b"\n}\n"
@@ -299,15 +293,17 @@ def _register_work(upkeep: Guard) -> bytes:
 
 def batch_call(one: Command, refusal: str) -> bytes:
     """Return a call that runs a command of a batch; one that cannot be started says so on standard error."""
-    cwd = one.cwd or "/"
     refuse = b" || { printf '%s %s\\n' " + refusal.encode() + b' "$refusal" >&2; exit 127; }'
-    lines = [
-        command("find_command", one.argv[0], one.env.get("PATH", os.defpath), cwd) + refuse,
-        variables(one.env),
-        b"exec " + b" ".join(map(quote, one.argv)),
-    ]
-    script = b"\n".join(lines)
+    script = b"\n".join([_finding(one) + refuse, variables(one.env), _becoming(one)])
     return script if not one.input else b"printf %b " + escape(one.input) + b" | (\n" + script + b"\n)"
+
+
+def _finding(one: Command) -> bytes:
+    return command("find_command", one.argv[0], one.env.get("PATH", os.defpath), one.cwd or "/")
+
+
+def _becoming(one: Command) -> bytes:
+    return b"exec " + b" ".join(map(quote, (*one.via, *one.argv)))
 
 
 def padded(token: int) -> str:
@@ -397,8 +393,10 @@ def _compile(step: FileStep, umask: int) -> list[bytes]:  # noqa: PLR0911 - one 
             return [command("discard", path, trash, uuid.uuid4().hex)]
         case RemoveFile(path):
             return [command("remove_file", path)]
-        case SetAccess(path, uid, gid, mode):
-            return [command("set_access", uid, gid, f"{mode:o}", path)]
+        case SetAccess(path, uid, gid, mode, is_optional):
+            return [command("set_access", uid, gid, f"{mode:o}", path, *(["optional"] if is_optional else []))]
+        case CloseEntries(path, spared):
+            return [command("close_entries", path, *map(glob_literal, spared))]
         case GiveTree(path, uid, gid):
             return [command("give_tree", uid, gid, path)]
 

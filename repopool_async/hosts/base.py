@@ -117,12 +117,28 @@ class RemoveFile:
 
 @attrs.frozen
 class SetAccess:
-    """Set owner, group and permissions of a file or directory; a link is refused. Only root may give things away."""
+    """Set owner, group and permissions of a file or directory; a link is refused. Only root may give things away.
+
+    A missing one is passed over where `is_optional`.
+    """
 
     path: str
     uid: int
     gid: int
     mode: int
+    is_optional: bool = False
+
+
+@attrs.frozen
+class CloseEntries:
+    """Take the files and directories in a directory, not what is in those, from everybody but root.
+
+    Attributes:
+        spared: names of those that stay as they are.
+    """
+
+    path: str
+    spared: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -137,7 +153,7 @@ class GiveTree:
     gid: int
 
 
-FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile | SetAccess | GiveTree
+FileStep = MakeDirectory | WriteFile | CopyFile | Rename | Discard | RemoveFile | SetAccess | CloseEntries | GiveTree
 
 
 @attrs.frozen
@@ -146,12 +162,14 @@ class Command:
 
     Attributes:
         env: the complete environment. input: given on standard input, which is otherwise empty.
+        via: as of `Host.run`.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     cwd: str | None = None
     input: bytes | None = None
+    via: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -388,6 +406,7 @@ class Host(Protocol):
         stderr_limit: int = DEFAULT_STDERR_LIMIT,
         on_output: OutputCallback | None = None,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> CommandResult:
         """Run one command to its end.
 
@@ -400,6 +419,7 @@ class Host(Protocol):
             stdout_limit: bytes kept; the last ones, earlier ones are dropped. stderr_limit: likewise.
             on_output: is called with every chunk as it comes.
             guard: the lease it belongs to.
+            via: what is to start the command, which is found first as if there were no such thing.
 
         Raises:
             CommandTimeoutError: a limit was passed; the process group is gone.
@@ -432,13 +452,14 @@ class Host(Protocol):
         stdin: bool = False,
         inherit: bool = False,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> AbstractAsyncContextManager[HostProcess]:
         """Run a command while the block runs; leaving the block ends what is left of its process group.
 
         Args:
             stdin: whether `write` will be used; otherwise standard input is empty.
             inherit: connect standard input, output and error to this process's own instead of to pipes.
-            guard: the lease it belongs to; errors are those of `run`.
+            guard: the lease it belongs to. via: as of `run`, whose errors are raised.
         """
 
     async def apply(self, steps: Sequence[FileStep]) -> None:

@@ -35,6 +35,7 @@ from repopool_async.hosts.base import (
     DEFAULT_STDERR_LIMIT,
     DEFAULT_STDOUT_LIMIT,
     ClockOffset,
+    CloseEntries,
     Collected,
     Command,
     CopyFile,
@@ -127,11 +128,12 @@ class LocalHost:
         stderr_limit: int = DEFAULT_STDERR_LIMIT,
         on_output: OutputCallback | None = None,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> CommandResult:
         """See `Host.run`."""
         if guard is None:
             await self._admit([cwd or "/", *argv, *env.values()])
-        async with self._limiter(), self._registered(argv, env, cwd, guard) as start:
+        async with self._limiter(), self._registered(argv, env, cwd, guard, via) as start:
             result = await run_process(
                 start.argv,
                 env=start.env,
@@ -155,8 +157,10 @@ class LocalHost:
             deadline = Deadline.after(timeout)
             for command in commands:
                 await self._admit([command.cwd or "/", *command.argv, *command.env.values()])
+                if command.via:
+                    await in_thread(_fence.require_startable, command.argv, command.env, command.cwd)
                 result = await run_process(
-                    command.argv,
+                    [*command.via, *command.argv],
                     env=command.env,
                     cwd=command.cwd,
                     input=command.input,
@@ -180,41 +184,58 @@ class LocalHost:
         stdin: bool = False,
         inherit: bool = False,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> AbstractAsyncContextManager[HostProcess]:
         """See `Host.open_process`; these do not count against `max_processes`."""
-        if guard is None:
+        if guard is None and not via:
             return open_process(argv, env=env, cwd=cwd, stdin=stdin, inherit=inherit)
-        return self._open_guarded(argv, env, cwd, guard, stdin=stdin, inherit=inherit)
+        return self._open_registered(argv, env, cwd, guard, via, stdin=stdin, inherit=inherit)
 
     @asynccontextmanager
-    async def _open_guarded(
-        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard, *, stdin: bool, inherit: bool
+    async def _open_registered(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str | None,
+        guard: Guard | None,
+        via: Sequence[str],
+        *,
+        stdin: bool,
+        inherit: bool,
     ) -> AsyncIterator[HostProcess]:
-        # One that loses its lease between this look and its own ends at once, as one that is killed a moment later.
-        await in_thread(_fence.require_present, self._id, guard)
+        if guard is not None:
+            # One that loses its lease between this look and its own ends at once, as one that is killed a moment later.
+            await in_thread(_fence.require_present, self._id, guard)
         async with (
-            self._registered(argv, env, cwd, guard) as start,
+            self._registered(argv, env, cwd, guard, via) as start,
             open_process(start.argv, env=start.env, cwd=cwd, stdin=stdin, inherit=inherit) as process,
         ):
             yield process
 
     @asynccontextmanager
     async def _registered(
-        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard | None
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard | None, via: Sequence[str]
     ) -> AsyncIterator["_Start"]:
         """Say how a command is started under a guard; afterwards its note is gone, and nothing that left its group."""
+        if guard is not None or via:
+            await self._require_startable(argv, env, cwd, guard)
         if guard is None:
-            yield _Start(argv, env)
+            yield _Start([*via, *argv], env)
             return
+        try:
+            yield _Start(*_fence.guarded([*via, *argv], env, guard))
+        finally:
+            await in_thread(_fence.forget_ended, guard)
+
+    async def _require_startable(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, guard: Guard | None
+    ) -> None:
         try:
             await in_thread(_fence.require_startable, argv, env, cwd)
         except OSError:
-            await in_thread(_fence.require_present, self._id, guard)  # it may have been removed with its slot
+            if guard is not None:
+                await in_thread(_fence.require_present, self._id, guard)  # it may have been removed with its slot
             raise
-        try:
-            yield _Start(*_fence.guarded(argv, env, guard))
-        finally:
-            await in_thread(_fence.forget_ended, guard)
 
     async def _require_admitted(self, guard: Guard | None, exit_code: int) -> None:
         if guard is not None and exit_code == _fence.REFUSED:
@@ -439,8 +460,11 @@ def _apply_step(step: FileStep) -> None:
         case RemoveFile(path):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(path)
-        case SetAccess(path, uid, gid, mode):
-            _ownership.set_access(path, uid, gid, mode)
+        case SetAccess(path, uid, gid, mode, is_optional):
+            with suppress(*([FileNotFoundError] if is_optional else [])):
+                _ownership.set_access(path, uid, gid, mode)
+        case CloseEntries(path, spared):
+            _ownership.close_entries(path, spared)
         case GiveTree(path, uid, gid):
             _ownership.give_tree(path, uid, gid)
 

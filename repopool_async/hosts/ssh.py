@@ -152,6 +152,7 @@ class SshHost(RemoteFiles, RemoteFence):
         stderr_limit: int = DEFAULT_STDERR_LIMIT,
         on_output: OutputCallback | None = None,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> CommandResult:
         """See `Host.run`.
 
@@ -161,10 +162,9 @@ class SshHost(RemoteFiles, RemoteFence):
         work = None if guard is not None else upkeep_of([cwd or "/", *argv, *env.values()])
         limits = _Limits(timeout, idle_timeout, stdout_limit, stderr_limit)
         if guard is None and self._shell.is_joining:
-            return await self._run_joined(Command(tuple(argv), env, cwd, input), work, limits, on_output)
-        make = functools.partial(
-            starting, tuple(argv), env=env, cwd=cwd or "/", guard=guard, has_stdin=input is not None, upkeep=work
-        )
+            return await self._run_joined(Command(tuple(argv), env, cwd, input, tuple(via)), work, limits, on_output)
+        one = Command(tuple(argv), env, cwd, via=tuple(via))
+        make = functools.partial(starting, one, guard=guard, has_stdin=input is not None, upkeep=work)
         launch = Launch(make, guard=guard, upkeep=work, keeps_stdin=input is not None, is_lessees=guard is not None)
         return await self._run(argv, launch, limits, input=input, on_output=on_output)
 
@@ -270,11 +270,11 @@ class SshHost(RemoteFiles, RemoteFence):
         stdin: bool = False,
         inherit: bool = False,
         guard: Guard | None = None,
+        via: Sequence[str] = (),
     ) -> AbstractAsyncContextManager[HostProcess]:
         """See `Host.open_process`."""
-        make = functools.partial(
-            starting, tuple(argv), env=env, cwd=cwd or "/", guard=guard, has_stdin=stdin or inherit
-        )
+        one = Command(tuple(argv), env, cwd, via=tuple(via))
+        make = functools.partial(starting, one, guard=guard, has_stdin=stdin or inherit)
         launch = Launch(make, guard=guard, keeps_stdin=stdin or inherit, is_lessees=True)
         return opened(lambda: self._shell, launch, inherit=inherit)
 

@@ -131,13 +131,15 @@ class WorkspaceStrategy(Protocol):
             GitOperationError, OSError: it could not be done.
         """
 
-    async def looking(self, slot: Slot, *, trust_untouched: bool) -> Callable[[], Coroutine[Any, Any, Look]] | None:
+    async def looking(
+        self, slot: Slot, *, rung: Rung, trust_untouched: bool
+    ) -> Callable[[], Coroutine[Any, Any, Look]] | None:
         """Return a piece of work that looks at a sealed slot, so that `restore` need not; None where that is no use.
 
         The piece asks the host once. It raises `CleanupError` or `OSError` where `restore` would at the first rung.
 
         Args:
-            trust_untouched: as `restore` will be told.
+            rung, trust_untouched: as `restore` will be told.
         """
 
     async def restore(

@@ -123,26 +123,48 @@ class CloneWorkspace:
 
     async def provision(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.provision`."""
-        paths = SlotPaths(slot.path)
-        await self._secure(slot)
-        await self._sweep_beside(paths)
-        await self._pristine.renew(slot)
-        try:
-            await self._make_tree(slot, checkout)
-        except (PoolManagerError, OSError):
-            await self._sweep_beside(paths)
-            raise
-        await self._kept.put_back(slot, checkout.commit)
-        await self._installer.install(slot, checkout)
-        await self._secure(slot)
-        return Work(steps=("tree made anew",))
+        return await self._make_anew(slot, checkout, seals=False)
 
-    async def _make_tree(self, slot: Slot, checkout: Checkout) -> None:
-        beside = f"{slot.path}.new-{secrets.token_hex(4)}"
-        await self._host.apply([MakeDirectory(beside, mode=ANY_MODE)])
-        await self._writer.check_out(slot, checkout, tree=beside)
-        await self._cleaner.require_whole(slot, tree=beside)
-        await self._host.apply([Discard(slot.path, SlotPaths(slot.path).trash), Rename(beside, slot.path)])
+    async def _make_anew(self, slot: Slot, checkout: Checkout, *, seals: bool) -> Work:
+        """Make a tree beside the slot's, whatever that is, and put it in its place."""
+        await self._mirror.snapshot()  # which the pieces then need not ask for
+        if self._run_as is not None:
+            await self._run_as.require_own_group(slot)
+        paths = SlotPaths(slot.path)
+        try:
+            left, tree = await self._make_beside(slot, checkout)
+            refs = await self._pristine.shown(slot, checkout.commit)
+            await self._kept.of_commit(checkout.commit)  # which is then known
+            seal: asyncio.Future[Seal] | None = None
+            async with self._block() as joined:
+                joined(self._host.apply([*left, Discard(slot.path, paths.trash), Rename(tree, slot.path)]))
+                joined(self._kept.put_back(slot, checkout.commit))
+                joined(self._installer.install(slot, checkout, refs=refs))
+                joined(self._secure(slot))
+                if seals:
+                    seal = joined(self._seals.make(slot, checkout, refs=refs))
+        except (PoolManagerError, OSError):
+            await self._host.apply(await self._sweeping(paths))
+            raise
+        return Work(steps=("tree made anew",), seal=self._sealed(slot, seal.result()) if seal is not None else None)
+
+    async def _make_beside(self, slot: Slot, checkout: Checkout) -> tuple[list[Discard], str]:
+        """Make a tree; return where it is, and what sweeps up those that killed processes were making there."""
+        tree = f"{slot.path}.new-{secrets.token_hex(4)}"
+        async with self._block() as joined:
+            joined(self._secure(slot))
+            left = joined(self._sweeping(SlotPaths(slot.path)))
+            joined(self._pristine.renew(slot))
+            joined(self._host.apply([MakeDirectory(tree, mode=ANY_MODE)]))
+            joined(self._check_out_whole(slot, checkout, tree))
+        return left.result(), tree
+
+    async def _check_out_whole(self, slot: Slot, checkout: Checkout, tree: str) -> None:
+        # Nothing is there that could have been written otherwise.
+        ready = await self._writer.get_ready(slot, checkout, standing=checkout.commit)
+        async with self._block() as joined:
+            joined(self._writer.write(slot, ready, tree=tree))
+            joined(self._cleaner.require_whole(slot, tree=tree))
 
     async def prepare(self, slot: Slot, checkout: Checkout) -> Work:
         """See `WorkspaceStrategy.prepare`."""
@@ -181,7 +203,7 @@ class CloneWorkspace:
         if rung >= Rung.RECREATE_TREE or self._run_as is not None:
             if keeps_paths:
                 await self._kept.take_out(slot, await self._kept.standing(slot))
-            return await self.provision(slot, checkout)
+            return await self._make_anew(slot, checkout, seals=seals)
         await self._writer.obtain(checkout.commit)  # refused or not to be had: while nothing has been touched
         seen = await self._seen(slot, look, rung=rung, trust_untouched=trust_untouched)
         if self._own is not None:
@@ -204,14 +226,22 @@ class CloneWorkspace:
         begun = await self._cleaner.begin(slot, checkout, seen)
         return await self._finish(slot, checkout, lambda joined: self._cleaner.clean(joined, slot, begun), seals=seals)
 
-    async def looking(self, slot: Slot, *, trust_untouched: bool) -> Callable[[], Coroutine[Any, Any, Look]] | None:
-        """See `WorkspaceStrategy.looking`."""
+    async def looking(
+        self, slot: Slot, *, rung: Rung, trust_untouched: bool
+    ) -> Callable[[], Coroutine[Any, Any, Look]] | None:
+        """See `WorkspaceStrategy.looking`; of a tree that is made anew in any case, only at what it is made from."""
+        if rung >= Rung.RECREATE_TREE or self._run_as is not None:
+            return self._look_at_mirror
         return await self._looking(slot, trust_untouched=trust_untouched, is_over=False)
+
+    async def _look_at_mirror(self) -> Look:
+        await self._mirror.look()
+        return Look()
 
     async def _looking(
         self, slot: Slot, *, trust_untouched: bool, is_over: bool
     ) -> Callable[[], Coroutine[Any, Any, TreeLook]] | None:
-        if slot.seal is None or self._run_as is not None or not self._seals.is_written_as_wanted(slot.seal):
+        if slot.seal is None or not self._seals.is_written_as_wanted(slot.seal):
             return None
         standing = slot.seal.commit
         return await self._looker.looking(slot, standing=standing, tells_unknown=trust_untouched, is_over=is_over)
@@ -386,8 +416,8 @@ class CloneWorkspace:
                 slot_id=slot.slot_id,
             )
 
-    async def _sweep_beside(self, paths: SlotPaths) -> None:
-        """Discard trees that a killed process was making beside this one."""
+    async def _sweeping(self, paths: SlotPaths) -> list[Discard]:
+        """Return the steps that discard trees which somebody was making beside this one."""
         prefix = paths.tree.rpartition("/")[2] + ".new-"
         names = [name for name in await self._host.list_directory(paths.directory) if name.startswith(prefix)]
-        await self._host.apply([Discard(f"{paths.directory}/{name}", paths.trash) for name in names])
+        return [Discard(f"{paths.directory}/{name}", paths.trash) for name in names]

@@ -67,8 +67,8 @@ class PristineGit:
     async def renew(self, slot: Slot) -> None:
         """Make it from nothing, and forget all that was known of the tree."""
         paths = SlotPaths(slot.path)
-        snapshot = await self._mirror.snapshot()
-        steps = pristine_steps(paths.git, alternates=self.objects(slot), object_format=snapshot.object_format)
+        refs = self._mirror.seen or await self._mirror.snapshot()
+        steps = pristine_steps(paths.git, alternates=self.objects(slot), object_format=refs.object_format)
         selection = await self._sparse.pristine_steps(paths.git)
         await self._host.apply([Discard(paths.pristine, paths.trash), *steps, *selection])
 

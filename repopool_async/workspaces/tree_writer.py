@@ -109,10 +109,6 @@ class TreeWriter:
         await self._lfs.obtain(self._mirror, commit)
         await self._submodules.plan(commit)
 
-    async def check_out(self, slot: Slot, checkout: Checkout, *, tree: str | None = None) -> None:
-        """Bring tree and pristine index to a commit; missing files and files that differ are written anew."""
-        await self.write(slot, await self.get_ready(slot, checkout), tree=tree)
-
     async def get_ready(self, slot: Slot, checkout: Checkout, *, standing: str | None = None) -> "Ready":
         """Have and know all that checking a commit out takes; neither tree nor index are touched.
 
@@ -141,7 +137,7 @@ class TreeWriter:
                 joined(self._rewrite(slot, commit, tree))
             joined(self._host.apply(_gitlink_steps(slot, ready.plan, ready.gitlinks, tree)))
             self._arrive(joined, slot, commit)
-        await self._end(slot, ready.plan, tree)
+            joined(self._end(slot, ready.plan, tree))
 
     async def switch(self, slot: Slot, standing: str, checkout: Checkout) -> frozenset[str]:
         """Bring a tree that is as it was sealed, and its pristine index, from one commit to another.
@@ -250,8 +246,9 @@ class TreeWriter:
     async def _give(self, slot: Slot, tree: str) -> None:
         """Give a tree to the user it is for; the index must know the new owner, or every file would look changed."""
         if self._run_as is not None:
-            await self._host.apply([self._run_as.give(tree)])
-            await self._pristine.run(slot, "update-index", "-q", "--refresh", tree=tree)
+            async with self._host.joined() as joined:
+                joined(self._host.apply([self._run_as.give(tree)]))
+                joined(self._pristine.run(slot, "update-index", "-q", "--refresh", tree=tree))
 
 
 def _gitlink_steps(slot: Slot, plan: Plan, gitlinks: Collection[str], tree: str) -> list[FileStep]:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,9 @@ from repopool_async.config_coordination import Coordination
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests._postgres import Proxy, Server, eventually
 from tests._switched import SwitchedHost
-from tests.coordination.conftest import DATABASE, TAKEOVER_SECONDS, Fleet
+from tests.coordination.conftest import DATABASE, TAKEOVER_SECONDS, Fleet, PostgresPlace
 from tests.hosts import sshd
+from tests.test_fleet_ssh import is_running
 from tests.test_janitor import Watcher
 
 ROOT = Path(__file__).parents[2]
@@ -391,3 +394,42 @@ async def test_the_example_of_a_fleet_runs_with_a_database(fleet: Fleet, origin:
         assert done.returncode == 0, done.stderr
         assert "first: parked, 0 of 2 slots available" in done.stdout
         assert done.stdout.count("Change CHANGES.md") == 3
+
+
+# -- lessees of another user -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run commands as another user")
+async def test_lessees_are_the_same_user_whichever_manager_reaches_the_host_in_whichever_way(
+    postgres: PostgresPlace, origin: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The host is one manager's own machine, and reached over SSH by the other."""
+    open_place = Path(tempfile.mkdtemp(prefix="run-as-"))
+    open_place.chmod(0o755)
+    shutil.copytree(origin, open_place / "origin.git")
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, open_place)
+        server = stack.enter_context(sshd.asyncssh_server(sshd.Keys.make(tmp_path_factory.mktemp("keys"))))
+        there = str(open_place / "a")
+        options = SshOptions(config=(str(server.config),))
+        box = SshHost("box", host_id="a", options=options, sessions_directory=f"{there}/.sessions")
+        stack.push_async_callback(box.close)
+        fleet = Fleet(open_place, postgres.dsn, stack)
+        near = await fleet.manager(1, [HostSpec("a", address="local", workspaces_dir=there)])
+        far = await fleet.manager(2, [HostSpec("a", workspaces_dir=there, host=box)])
+        await near.create_pool("web", str(open_place / "origin.git"), hosts=["a"], run_as="nobody", salvage="never")
+        for holder, taker in ((near, far), (far, near)):
+            slot = await holder.allocate_slot("web", timeout=60)
+            assert slot is not None
+            assert (await slot.run("id", "-un")).text == "nobody\n"
+            shed = "setsid env -i PATH=/usr/bin:/bin sh -c 'cd /; echo $$; exec sleep 600' &"
+            async with slot.open_process("sh", "-c", shed) as process:
+                pid = int(await process.read())
+            assert is_running(pid)
+            await (await taker.get_pool("web")).watch.force_unlock(slot.slot_id)
+            async with taker.lease("web", timeout=60) as other:
+                assert other.slot_id == slot.slot_id
+                assert not is_running(pid)
+                assert (await other.run("id", "-un")).text == "nobody\n"
+                assert (await other.run("git", "status", "--porcelain")).text == ""
+            await taker.wait_clean()

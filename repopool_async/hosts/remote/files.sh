@@ -71,10 +71,30 @@ remove_file() {
     if [ -d "$1" ] && [ ! -L "$1" ]; then refuse "$1" 'Is a directory'; else rm -f -- "$1"; fi
 }
 
-# UID GID MODE PATH
+# UID GID MODE PATH [optional]
 set_access() {
+    if [ "${5-}" ] && ! is_there "$4"; then return 0; fi
     [ ! -L "$4" ] || refuse "$4" 'Too many levels of symbolic links' || return
     chown "$1:$2" "$4" && chmod "$3" "$4"
+}
+
+# Only what is not so yet is changed; what went meanwhile is no longer there when it is looked at again. DIRECTORY PATTERN...
+# of names that are spared
+close_entries() {
+    cd -P -- "$1" || return
+    shift
+    for name; do shift; set -- "$@" ! -name "$name"; done
+    close_kind d 700 "$@" && close_kind f 600 "$@"
+}
+
+# KIND MODE CONDITION... of find
+close_kind() {
+    kind=$1 mode=$2
+    shift 2
+    for look in first again; do
+        find . ! -name . -prune "$@" -type "$kind" '(' ! -user 0 -o ! -group 0 -o ! -perm "$mode" ')' \
+            -exec chown -h 0:0 '{}' + -exec chmod "$mode" '{}' + && return
+    done
 }
 
 # UID GID PATH
