@@ -22,9 +22,10 @@ from repopool_async.workspaces.sparse import Sparse
 
 _WRITING: Final[Mapping[str, str]] = {
     "core.logAllRefUpdates": "false",
-    # Of what it takes to write a file most is the kernel's part, which several processes have done side by side.
+    # Of what it takes to write a file most is the kernel's part, which several processes have done side by side; of a
+    # few files it is not worth it, and where many small trees are written at once the processors are busy anyway.
     "checkout.workers": "4",
-    "checkout.thresholdForParallelism": "500",
+    "checkout.thresholdForParallelism": "2500",
 }
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from repopool_async import LeasedSlot, PoolConfig, PoolManager
-from repopool_async.hosts import _entries
+from repopool_async.workspaces.pristine_git import _WRITING
 from tests.conftest import MakeCommit
 
-NAMES = [f"many/{number // 20}/{number}.{'crlf' if number % 3 else 'txt'}" for number in range(_entries.MANY + 100)]
+MANY = int(_WRITING["checkout.thresholdForParallelism"])
+NAMES = [f"many/{number // 50}/{number}.{'crlf' if number % 3 else 'txt'}" for number in range(MANY + 200)]
 
 
 @pytest.fixture
@@ -37,21 +38,21 @@ def edit_unseen(path: Path) -> None:
 async def test_all_is_as_it_shall_be_again(manager: PoolManager) -> None:
     async with manager.lease("web") as slot:
         fresh, inodes = contents(slot), {(slot.path / name).stat().st_ino for name in NAMES}
-        for name in NAMES[100:]:
+        for name in NAMES[200:]:
             edit_unseen(slot.path / name)
         for name in NAMES[:20]:
             (slot.path / name).chmod(0o777)
         shutil.rmtree(slot.path / "many/1")
         (slot.path / "many/2").rename(slot.path / "many/two")
-        (slot.path / NAMES[60]).unlink()
-        (slot.path / NAMES[60]).symlink_to("/etc/passwd")
-        (slot.path / NAMES[61]).unlink()
-        (slot.path / NAMES[61]).mkdir()
-        os.link(slot.path / NAMES[62], slot.path.parent.parent / "outside")
+        (slot.path / NAMES[160]).unlink()
+        (slot.path / NAMES[160]).symlink_to("/etc/passwd")
+        (slot.path / NAMES[161]).unlink()
+        (slot.path / NAMES[161]).mkdir()
+        os.link(slot.path / NAMES[162], slot.path.parent.parent / "outside")
 
     assert await manager.check("web") == {}
     async with manager.lease("web") as slot:
         assert contents(slot) == fresh
         assert sorted(path.name for path in (slot.path / "many").iterdir()) == sorted({n.split("/")[1] for n in NAMES})
-        again = {(slot.path / name).stat().st_ino for name in (*NAMES[:20], *NAMES[100:])}
+        again = {(slot.path / name).stat().st_ino for name in (*NAMES[:20], *NAMES[200:])}
         assert not again & inodes
