@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from repopool_async.hosts._tree import opened, step
+from repopool_async.hosts._descent import opened, step
 from repopool_async.hosts.base import Collected, Wanted
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

@@ -17,7 +17,8 @@ from typing import Final
 
 from repopool_async._mounts import mounts_below
 from repopool_async._removal import open_up
-from repopool_async.hosts._tree import Particulars, fresh_directory, opened, particulars, step
+from repopool_async.hosts._descent import opened, step
+from repopool_async.hosts._tree import Particulars, fresh_directory, particulars
 
 _ANY_MODE: Final = 0o777
 _NOT_TO_BE_MOVED: Final = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST)

@@ -1,23 +1,20 @@
-"""Looking at a tree that somebody else filled, and taking entries out of it, without ever being led outside.
+"""Looking at a tree that somebody else filled, without ever being led outside.
 
-Synchronous; for one thread hop each. Every directory is opened by name from its parent's descriptor, never through a
-link, so neither planted links nor paths longer than the system allows nor any depth matter. Deleting whole trees is the
-business of `_removal`.
+Synchronous; for one thread hop each. Directories are opened as in `_descent`, so neither planted links nor paths longer
+than the system allows nor any depth matter. Nothing is taken out here.
 """
 
 # Paths are text here: directory descriptors are what this module is about, and pathlib has none.
-# ruff: noqa: PTH102, PTH103, PTH106, PTH118, PTH120
+# ruff: noqa: PTH102, PTH106, PTH118, PTH120
 
 import array
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import stat
 import sys
-import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 import attrs
@@ -26,13 +23,11 @@ from repopool_async._aio import in_turn
 from repopool_async._files import temporary_name
 from repopool_async._mounts import mounts_below
 from repopool_async._removal import open_up
+from repopool_async.hosts._descent import DIRECTORY, Descent, by_parent, open_root, step
 from repopool_async.hosts.base import Known, Settled, TreeInspection
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_LIMIT: Final = 4096
 """Characters of a name worth reporting: neither git nor a lessee can say a longer one to the system."""
-_NO_NAMES: Final = frozenset(("", ".", ".."))
-_ATTEMPTS: Final = 3
 _GET_FLAGS: Final = 0x80086601 if sys.platform == "linux" else 0
 _OWNERS_FLAGS: Final = 0x620380FF
 """The inode flags of `chattr` that somebody sets; the others say how the file system stores the inode."""
@@ -61,11 +56,12 @@ def inspect_tree(
 def find_unknown(root: str, directories: Iterable[str], known: Known) -> list[str]:
     """See `Host.find_unknown`."""
     found = []
-    for directory in directories:
-        prefix = f"{directory}/" if directory else ""
-        with opened(root, directory.split("/") if directory else ()) as descriptor:
+    with Descent(root) as descent:
+        for directory in directories:
+            prefix = f"{directory}/" if directory else ""
+            descriptor = descent.to(directory)
             names = [prefix + name for name in os.listdir(descriptor)] if descriptor is not None else []  # noqa: PTH208
-        found += [name for name in names if not (known.has_file(name) or known.has_directory(name))]
+            found += [name for name in names if not (known.has_file(name) or known.has_directory(name))]
     return [name for name in found if name != ".git"]
 
 
@@ -115,7 +111,7 @@ class Inspection:
         """Look at the root itself and its entries; return those to be entered."""
         if open_up(self._root):
             self._found.unlocked.append(".")
-        descriptor = _open_root(self._root)
+        descriptor = open_root(self._root)
         try:
             self._device = os.fstat(descriptor).st_dev
             self._compare(descriptor, ".")
@@ -125,10 +121,12 @@ class Inspection:
 
     def enter(self, directories: Iterable[str]) -> None:
         """Look at everything in some directories, of which only their own entry has been looked at."""
-        for parent, names in _by_parent(directories).items():
-            with in_turn, opened(self._root, parent.split("/") if parent else ()) as descriptor:
-                if descriptor is not None:
-                    self._walk(os.dup(descriptor), f"{parent}/" if parent else "", names)
+        with Descent(self._root) as descent:
+            for parent, names in by_parent(directories).items():
+                with in_turn:
+                    descriptor = descent.to(parent)
+                    if descriptor is not None:
+                        self._walk(os.dup(descriptor), f"{parent}/" if parent else "", names)
 
     def look_at(self, names: Iterable[str], seen: Collection[str]) -> list[str]:
         """Look at some entries, and at those of the directories among them; return which of these are to be entered.
@@ -137,14 +135,15 @@ class Inspection:
             seen: directories that have been looked at themselves, as entries of what they lie in.
         """
         pending = []
-        for parent, entries in _by_parent(names).items():
-            prefix = f"{parent}/" if parent else ""
-            with in_turn, opened(self._root, parent.split("/") if parent else ()) as descriptor:
-                if descriptor is None:
-                    continue
-                for name in entries:
-                    if prefix + name in seen or self._look(_Named(name, descriptor), prefix, descriptor):
-                        pending += self._look_into(name, prefix, descriptor)
+        with Descent(self._root) as descent:
+            for parent, entries in by_parent(names).items():
+                prefix = f"{parent}/" if parent else ""
+                with in_turn:
+                    descriptor = descent.to(parent)
+                    for name in entries if descriptor is not None else ():
+                        assert descriptor is not None
+                        if prefix + name in seen or self._look(_Named(name, descriptor), prefix, descriptor):
+                            pending += self._look_into(name, prefix, descriptor)
         return pending
 
     def _look_into(self, name: str, prefix: str, descriptor: int) -> list[str]:
@@ -353,7 +352,7 @@ class Inspection:
 
     def _open(self, descriptor: int, name: str, prefix: str) -> int | None:
         try:
-            return os.open(name, _DIRECTORY, dir_fd=descriptor)
+            return os.open(name, DIRECTORY, dir_fd=descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -361,15 +360,6 @@ class Inspection:
                 self._found.changed.append(prefix + name)
                 return None
             raise OSError(error.errno, error.strerror, os.path.join(self._root, prefix + name)) from error
-
-
-def _open_root(root: str) -> int:
-    try:
-        return os.open(root, _DIRECTORY)
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # what some platforms say of a link
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), root) from error
-        raise
 
 
 Particulars = tuple[int, int, int, int, tuple[tuple[str, bytes], ...]]
@@ -380,7 +370,7 @@ def fresh_directory(parent: str) -> Particulars:
     path = os.path.join(parent, temporary_name())
     os.mkdir(path)
     try:
-        descriptor = os.open(path, _DIRECTORY)
+        descriptor = os.open(path, DIRECTORY)
         try:
             return particulars(descriptor)
         finally:
@@ -405,14 +395,6 @@ def _flags(descriptor: int) -> int:
     return flags[0] & _OWNERS_FLAGS
 
 
-def _by_parent(names: Iterable[str]) -> dict[str, list[str]]:
-    by_parent: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition("/")
-        by_parent.setdefault(parent, []).append(last)
-    return by_parent
-
-
 @attrs.frozen
 class _Named:
     """As much of an `os.DirEntry` as is looked at, for an entry whose name somebody else found."""
@@ -433,7 +415,7 @@ class _Level:
 
 def _ascend(descriptor: int, level: _Level, root: str) -> int:
     """Exchange a directory's descriptor for its parent's."""
-    parent = os.open("..", _DIRECTORY, dir_fd=descriptor)
+    parent = os.open("..", DIRECTORY, dir_fd=descriptor)
     if not os.path.samestat(os.fstat(parent), level.status):
         os.close(parent)
         raise OSError(
@@ -441,80 +423,3 @@ def _ascend(descriptor: int, level: _Level, root: str) -> int:
         )
     os.close(descriptor)
     return parent
-
-
-def remove_entries(root: str, names: Iterable[str], trash: str) -> int:
-    """See `Host.remove_entries`."""
-    by_parent: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rstrip("/").rpartition("/")
-        if last not in _NO_NAMES:
-            by_parent.setdefault(parent, []).append(last)
-    removed = 0
-    for parent, entries in by_parent.items():
-        with opened(root, parent.split("/") if parent else ()) as descriptor:
-            if descriptor is not None:
-                removed += sum(_remove_entry(descriptor, name, trash) for name in entries)
-    return removed
-
-
-@contextlib.contextmanager
-def opened(root: str, parts: Sequence[str]) -> Iterator[int | None]:
-    """Open a directory inside the root step by step; None where a step is no real directory on the root's device."""
-    descriptor = _open_root(root)
-    try:
-        device = os.fstat(descriptor).st_dev
-        is_inside = _NO_NAMES.isdisjoint(parts)
-        for part in parts if is_inside else ():
-            below = step(descriptor, part)
-            if below is None:
-                is_inside = False
-                break
-            os.close(descriptor)
-            descriptor = below
-            is_inside = is_inside and os.fstat(descriptor).st_dev == device
-        yield descriptor if is_inside else None
-    finally:
-        os.close(descriptor)
-
-
-def step(descriptor: int, name: str) -> int | None:
-    try:
-        return os.open(name, _DIRECTORY, dir_fd=descriptor)
-    except PermissionError:
-        return os.open(name, _DIRECTORY, dir_fd=descriptor) if open_up(name, descriptor) else None
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return None
-        raise
-
-
-def _remove_entry(parent: int, name: str, trash: str) -> bool:
-    """Unlink an entry, or move it to the trash where it is a directory; return whether there was one."""
-    for attempt in itertools.count():
-        try:
-            if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-                _move_to_trash(parent, name, trash)
-            else:
-                os.unlink(name, dir_fd=parent)
-        except FileNotFoundError:
-            return False
-        except (IsADirectoryError, NotADirectoryError):  # exchanged since it was looked at
-            if attempt > _ATTEMPTS:
-                raise
-        except PermissionError:
-            # The parent may be closed, or the directory itself: it must be writable, because its `..` changes.
-            if attempt > _ATTEMPTS or not (open_up(".", parent) or open_up(name, parent)):
-                raise
-        else:
-            return True
-    raise AssertionError
-
-
-def _move_to_trash(parent: int, name: str, trash: str) -> None:
-    entry = os.path.join(trash, uuid.uuid4().hex)
-    try:
-        os.rename(name, entry, src_dir_fd=parent)
-    except FileNotFoundError:
-        os.makedirs(trash, exist_ok=True)
-        os.rename(name, entry, src_dir_fd=parent)

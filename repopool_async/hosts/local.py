@@ -27,7 +27,7 @@ from repopool_async._aio import Deadline, in_thread, shielded
 from repopool_async._clock import wall_minus_boot_ns
 from repopool_async._identity import boot_id
 from repopool_async._process import open_process, run_process
-from repopool_async.hosts import _collect, _fence, _local_fence, _moves, _ownership, _survey, _tree
+from repopool_async.hosts import _collect, _entries, _fence, _local_fence, _moves, _ownership, _survey, _tree
 from repopool_async.hosts._ending import end_processes
 from repopool_async.hosts._passes import Passes
 from repopool_async.hosts._scripts import session_name
@@ -319,7 +319,7 @@ class LocalHost:
 
     async def remove_entries(self, root: str, names: Sequence[str], *, trash: str) -> int:
         """See `Host.remove_entries`."""
-        return await self._change([root], _tree.remove_entries, root, tuple(names), trash) if names else 0
+        return await self._change([root], _entries.remove_entries, root, tuple(names), trash) if names else 0
 
     async def move_directories(self, source: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
         """See `Host.move_directories`."""

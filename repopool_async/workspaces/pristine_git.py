@@ -5,6 +5,7 @@ mirror's, or the slot's own. Which commands are run, and when it is made anew, i
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 from repopool_async._git import WORK_MARK, GitRunner
 from repopool_async.exceptions import CleanupError
@@ -18,6 +19,14 @@ from repopool_async.workspaces.own_objects import OwnObjects
 from repopool_async.workspaces.seals import Seals
 from repopool_async.workspaces.slot_paths import SlotPaths
 from repopool_async.workspaces.sparse import Sparse
+
+_WRITING: Final[Mapping[str, str]] = {
+    "core.logAllRefUpdates": "false",
+    # Of what it takes to write a file most is the kernel's part, which several processes have done side by side; of a
+    # few files it is not worth it, and where many small trees are written at once the processors are busy anyway.
+    "checkout.workers": "4",
+    "checkout.thresholdForParallelism": "2500",
+}
 
 
 class PristineGit:
@@ -57,7 +66,7 @@ class PristineGit:
             input=input,
             slot_id=slot.slot_id,
             env={WORK_MARK: slot.path},
-            config={**self.config(slot), "core.logAllRefUpdates": "false"},
+            config={**self.config(slot), **_WRITING},
         )
 
     def config(self, slot: Slot) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from repopool_async import _removal
 from repopool_async._process import run_process
 from repopool_async.exceptions import FencedError
-from repopool_async.hosts import _fence, _tree
+from repopool_async.hosts import _entries, _fence, _tree
 from repopool_async.hosts._scripts import fence_key, library, padded
 from repopool_async.hosts.base import (
     Host,
@@ -166,7 +166,7 @@ class TestRemovingEntries:
             for name, mode in {"a/closed": 0, "a": 0o500, "b": 0o500, ".": 0o500}.items():
                 (tree / name).chmod(mode)
             trash = str(nobodys_directory / "trash")
-            assert _tree.remove_entries(str(tree), ["a/closed", "b/file", "b"], trash) == 3
+            assert _entries.remove_entries(str(tree), ["a/closed", "b/file", "b"], trash) == 3
             assert names_in(tree) == ["a"]
             _removal.remove_tree(trash)
             _removal.remove_tree(str(tree))
