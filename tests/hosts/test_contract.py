@@ -552,6 +552,17 @@ class TestEndingProcesses:
         await host.end_processes(mark=daemons.mark, tree=str(tree))
         assert (await host.end_processes(mark=daemons.mark, tree=str(tree))).killed == ()
 
+    async def test_what_becomes_another_program_all_the_time_is_ended(
+        self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
+    ) -> None:
+        """Amid an exec a process shows no environment."""
+        again = tmp_path / "again"
+        again.write_text(f"exec sh {again}\n")
+        pids = [await daemons.start(f"ready; exec sh {again}") for _ in range(5)]
+        ended = await host.end_processes(mark=daemons.mark, tree=str(tree))
+        assert set(pids) <= set(ended.killed)
+        assert not any(process_start_time(pid) for pid in pids)
+
     async def test_what_hands_itself_on_is_ended(
         self, host: Host, daemons: Daemons, tree: Path, tmp_path: Path
     ) -> None:

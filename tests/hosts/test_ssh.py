@@ -6,7 +6,9 @@ What every host does is in `test_contract`.
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -465,6 +467,29 @@ class TestExecutions:
         script = "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
         listed = await ssh_host.run(["sh", "-c", script], env=env, input=b"x")
         assert b"a-very-secret-word" not in listed.stdout
+
+
+async def test_busyboxs_tools_find_whoever_bears_a_mark(keys: sshd.Keys, tmp_path: Path) -> None:
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        assert not os.environ.get("REPOPOOL_CI")
+        pytest.skip("there is no busybox")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split():
+        (tools / name).symlink_to(busybox)
+    mark, longer = {"REPOPOOL_LEASE": "1"}, {"REPOPOOL_LEASE": "12"}
+    envs: list[dict[str, str]] = [mark, {"A": "1", **mark, "B": "2"}, longer, {"A": "REPOPOOL_LEASE=1"}]
+    with sshd.asyncssh_server(keys, env={"PATH": str(tools), "HOME": str(tmp_path)}) as server:
+        async with reach(server, tmp_path) as host, contextlib.AsyncExitStack() as stack:
+            pids = []
+            for env in envs:
+                process = subprocess.Popen(["/bin/sleep", "1000"], env=env)
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                pids.append(process.pid)
+            ended = await host.end_processes(mark="REPOPOOL_LEASE=1", tree=None)
+            assert set(ended.killed) == set(pids[:2])
 
 
 class TestCaution:

@@ -96,15 +96,11 @@ kill_strays() {
 
 # LAST KEY
 look_for_strays() {
-    environs=
-    for one in $unseen; do environs="$environs $one/environ"; done
-    # shellcheck disable=SC2086 # words
-    for file in $(grep -l -s -a -F -e "REPOPOOL_FENCE=$2." $environs 2>/dev/null); do
-        token=$(tr '\0' '\n' 2>/dev/null <"$file" | sed -n "s/^REPOPOOL_FENCE=$2\\.\\([0-9]*\\)\$/\\1/p")
+    find_bearing "REPOPOOL_FENCE=$2." '[0-9]*'
+    for one in $bearing; do
+        pid=${one#/proc/} token=${one#*:}
         [ "$token" ] && [ "$token" -le "$1" ] || continue
-        file=${file#/proc/}
-        start_of "${file%%/*}"
-        [ "$started" ] && found="$found ${file%%/*}:$started"
+        note_found "${pid%%:*}"
     done
 }
 

@@ -61,9 +61,12 @@ open_up() { if [ -d "$1" ] && [ ! -L "$1" ]; then chmod u+rwx "$1"; fi; }
 # PATH TRASH NAME
 discard() {
     is_there "$1" || return 0
-    rename_to "$1" "$2/$3" 2>/dev/null && return
+    said=$(rename_to "$1" "$2/$3" 2>&1) && return
     is_there "$1" || return 0
-    mkdir -p -- "$2" && { open_up "$1" 2>/dev/null || :; } && rename_to "$1" "$2/$3"
+    mkdir -p -- "$2" || return
+    # Of what is mounted there, which is busy, the mode is somebody else's.
+    case $said in *busy*) ;; *) open_up "$1" 2>/dev/null;; esac
+    rename_to "$1" "$2/$3"
 }
 
 remove_file() {

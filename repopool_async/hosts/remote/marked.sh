@@ -5,11 +5,14 @@ find_marked() { look_until_found look_for_marks "$@"; }
 # Has those in $unseen looked at until there is somebody in $found or nobody left to look at: one that was started
 # meanwhile may be the heir of one that ended unseen. COMMAND ARGUMENT...
 look_until_found() {
-    found='' seen='' looks=50
+    found='' seen='' blank='' looks=50
     while find_unseen && [ "$unseen" ] && [ -z "$found" ] && [ "$looks" -gt 0 ]; do
-        seen="$seen$unseen" looks=$((looks - 1))
-        await_execs
+        again='' is_in_exec='' looks=$((looks - 1))
         "$@"
+        for one in $unseen; do
+            case "$again " in *" $one "*) ;; *) seen="$seen $one";; esac
+        done
+        [ -z "$is_in_exec" ] || [ "$found" ] || nap
     done
     return 0 # also where the last one looked at had ended
 }
@@ -24,46 +27,74 @@ find_unseen() {
 
 # MARK USERS_GROUP
 look_for_marks() {
-    environs='' statuses=''
-    for one in $unseen; do environs="$environs $one/task/[0-9]*/environ" statuses="$statuses $one/status"; done
-    # shellcheck disable=SC2086 # words and patterns
-    for file in $(
-        grep -l -s -a -F -e "$1" $environs 2>/dev/null
+    statuses=''
+    for one in $unseen; do statuses="$statuses $one/status"; done
+    find_bearing "$1" ''
+    # shellcheck disable=SC2046,SC2086 # words
+    for one in $bearing $(
         [ -z "$2" ] || grep -l -s -E "^(Gid|Groups):.*[[:space:]]$2([[:space:]]|\$)" $statuses 2>/dev/null
     ); do
-        pid=${file#/proc/}
-        pid=${pid%%/*}
-        [ "$pid" = $$ ] && continue
-        case $file in
-        */environ) tr '\0\n' '\n\1' 2>/dev/null <"$file" | grep -q -x -a -F -e "$1" || continue;;
-        esac
-        start_of "$pid"
-        case " $found " in *" $pid:"*) continue;; esac
-        [ "$started" ] && found="$found $pid:$started"
+        pid=${one#/proc/}
+        note_found "${pid%%[:/]*}"
     done
 }
 
-# For a moment in the middle of an exec there is no environment to be seen: waits, for a while, until those of $unseen
-# that show none have one.
-await_execs() {
-    environs=
-    for one in $unseen; do environs="$environs $one/environ"; done
-    left=10 waited=0
+# PID
+note_found() {
+    case " $found " in *" $1:"*) return;; esac
+    [ "$1" = $$ ] || start_of "$1"
+    [ "$1" = $$ ] || [ -z "$started" ] || found="$found $1:$started"
+}
+
+# Those of $unseen whose environment has a variable that is a text and a tail, in $bearing: `directory:tail` words. Those
+# that show nothing and are to be looked at again, in $again. Each environment is read once: one that shows nothing at that
+# moment, as in the middle of an exec, must not count as looked at. TEXT TAIL as a pattern
+find_bearing() {
+    environs=''
+    for one in $unseen; do environs="$environs $one/task/[0-9]*/environ"; done
+    text=$(printf %s "$1" | sed 's/[][\.*^$]/\\&/g') between=$(printf '\001')
+    if [ "$(printf 'a\0b' | grep -a -o -e b -e '^.' | tr '\n' ,)" = a,b, ]; then
+        # What has a character before or after it is no whole variable. A dot is no NUL.
+        # shellcheck disable=SC2086 # words and patterns
+        shown=$(grep -s -a -o -H -e ".$text$2" -e ".$text$2." -e "$text$2." -e "$text$2" -e '^.' $environs 2>/dev/null)
+    else
+        # This grep tells the first match only.
+        # shellcheck disable=SC2086 # words and patterns
+        shown=$(for file in $environs; do
+            tr '\0\n' '\n\1' 2>/dev/null <"$file" |
+                sed -n -e "s$between^$text$2\$$between$file:&${between}p" -e t -e "1s$between^.$between$file:&${between}p"
+        done 2>/dev/null)
+    fi
+    bearing=$(printf '%s\n' "$shown" |
+        sed -n "s$between^\\(/proc/[0-9]*\\)/[^:]*:$text\\($2\\)\$$between\\1:\\2${between}p" | sort -u)
     # shellcheck disable=SC2086 # words
-    for file in $(grep -L -s -a -e '' $environs 2>/dev/null); do
-        while [ "$left" -gt 0 ] && is_in_exec "${file%/environ}"; do wait_a_moment; done
+    for one in $(
+        { printf '%s\n' $unseen; printf '%s\n' "$shown" | sed 's,^\(/proc/[0-9]*\)/.*,\1,'; } | sort | uniq -u
+    ); do
+        shows_nothing_for_good "$one" || again="$again $one"
     done
 }
 
-# Whether a process that shows no environment has not set one up yet: neither a kernel thread, nor ending, nor one whose
-# environment is empty, which has an address all the same. DIRECTORY
-is_in_exec() {
-    read -r line 2>/dev/null <"$1/stat" || return 1
+# Whether a process that shows no environment has none: a kernel thread, one that is ending, another user's, one that has
+# an address for it and shows nothing once more, one without that does nothing for five looks. Notes it in $blank, and in
+# $is_in_exec that it may be in the middle of one. DIRECTORY
+shows_nothing_for_good() {
+    { true <"$1/environ"; } 2>/dev/null && read -r line 2>/dev/null <"$1/stat" || return 0
     # shellcheck disable=SC2086 # fields
-    set -f -- ${line##*) }
+    set -f -- "$1" ${line##*) }
     set +f
-    case $1 in Z | X) return 1;; esac
-    [ "${49-}" = 0 ] && [ $(($7 & 0x200004)) -eq 0 ]
+    case $2 in Z | X) return 0;; esac
+    [ "${50-}" ] && [ $(($8 & 0x200004)) -eq 0 ] || return 0
+    if [ "${50}" != 0 ]; then
+        case $blank in *"[=$1]"*) return 0;; esac
+        blank="$blank[=$1]"
+    else
+        is_in_exec=1
+        done="[$1 $9 ${13} ${14}]" # faults and times
+        case $blank in *"$done"*"$done"*"$done"*"$done"*) return 0;; esac
+        blank=$blank$done
+    fi
+    return 1
 }
 
 # Those of $found that still run, in $found.

@@ -4,6 +4,7 @@
 move_directories() {
     [ -d "$1" ] && [ ! -L "$1" ] || return 0
     find_mounts "$1" "$2" || return
+    printf '%s\n' "$mounts" | grep -q -x -F . && return # what is mounted on it is somebody else's
     open_up "$1"
     source=$1 target=$3 fresh=$4
     shift 4
