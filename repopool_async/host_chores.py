@@ -162,12 +162,15 @@ class HostChores:
 
         async def measure(parts: HostParts) -> None:
             nonlocal used
-            argv = ["du", "-skx", "--", parts.layout.pool_directory(self._pool.name)]
+            directory = parts.layout.pool_directory(self._pool.name)
+            argv = ["du", "-skx", "--", directory]
             environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
             result = await parts.host.run(argv, env=environment, timeout=_DISK_TIMEOUT_SECONDS)
             words = result.text.split()
             if not words or not words[0].isdigit():  # what vanishes while it walks makes it fail, and is no failure
-                raise OSError(f"du says nothing about {argv[-1]}: {result.stderr.decode(errors='replace')[:200]}")
+                if await parts.host.stat(directory) is None:
+                    return  # nothing of the pool has come to this host
+                raise OSError(f"du says nothing about {directory}: {result.stderr.decode(errors='replace')[:200]}")
             used += int(words[0]) * 1024
 
         await self._on_each(measure)

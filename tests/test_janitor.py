@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +14,7 @@ import pytest
 from repopool_async import (
     CleanupError,
     Event,
+    HostSpec,
     LeaseLostError,
     LockManager,
     PoolConfig,
@@ -256,6 +258,15 @@ async def test_over_its_disk_limit_a_pool_frees_what_may_go_and_never_a_leased_s
         assert (report.over_limit, report.repairing) == ([], [broken.slot_id])
         assert await manager.available_count("web") == 2
     await told.end()
+
+
+async def test_a_pool_without_a_directory_on_one_of_its_hosts_has_its_disk_limit(tmp_path: Path, origin: Path) -> None:
+    hosts = [HostSpec(name, address="local", workspaces_dir=str(tmp_path / name)) for name in ("a", "b")]
+    async with PoolManager(PoolConfig(tmp_path / "pools", janitor_interval=3600), hosts=hosts) as manager:
+        await manager.create_pool("web", str(origin), num_slots=1, hosts=["a", "b"], disk_limit="1KiB")
+        (slot,) = await manager.list_slots("web")
+        shutil.rmtree(tmp_path / ("b" if slot.host_id == "a" else "a") / "web")
+        assert (await manager.recover()).over_limit == ["web"]
 
 
 # -- leases that never end ---------------------------------------------------------------------------------------
