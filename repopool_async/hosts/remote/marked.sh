@@ -90,9 +90,9 @@ shows_nothing_for_good() {
         blank="$blank[=$1]"
     else
         is_in_exec=1
-        done="[$1 $9 ${13} ${14}]" # faults and times
-        case $blank in *"$done"*"$done"*"$done"*"$done"*) return 0;; esac
-        blank=$blank$done
+        same="[$1 $9 ${13} ${14}]" # faults and times
+        case $blank in *"$same"*"$same"*"$same"*"$same"*) return 0;; esac
+        blank=$blank$same
     fi
     return 1
 }
