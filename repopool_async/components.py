@@ -1,6 +1,6 @@
 """What a pool works with: the parts it has once, those it has on every host, and what is in force for it.
 
-Records only. Making the parts is `assembly`'s business.
+Records, and which hosts can be used by what they say. Making the parts is `assembly`'s business.
 """
 
 import asyncio

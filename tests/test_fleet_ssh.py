@@ -28,16 +28,12 @@ from repopool_async.hosts._proc import read
 from repopool_async.hosts._scripts import fence_mark
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
-from tests.hosts.sshd import Keys, Server
+from tests.hosts.sshd import Server
 
 
 @pytest.fixture(scope="module", params=["asyncssh"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if request.param == "openssh" and not os.path.exists(sshd.SSHD):
-        assert "REPOPOOL_CI" not in os.environ, "the checks install openssh-server"
-        pytest.skip("there is no OpenSSH sshd on this machine")
-    serve = {"asyncssh": sshd.asyncssh_server, "openssh": sshd.openssh_server}[request.param]
-    with serve(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+    with sshd.serving(request.param, tmp_path_factory.mktemp("keys")) as server:
         yield server
 
 

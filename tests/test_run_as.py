@@ -19,7 +19,7 @@ from repopool_async import ConfigError, HostSpec, LeasedSlot, PoolConfig, PoolMa
 from repopool_async._users import look_here, private_group, start_as
 from repopool_async.hosts._ssh_connection import SshOptions
 from tests.hosts import sshd
-from tests.hosts.sshd import Keys, Server
+from tests.hosts.sshd import Server
 
 USER = "nobody"
 SLOT = "workspace-web-slot1"
@@ -50,11 +50,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "local":
         yield None
         return
-    if request.param == "openssh" and not os.path.exists(sshd.SSHD):
-        assert "REPOPOOL_CI" not in os.environ, "the checks install openssh-server"
-        pytest.skip("there is no OpenSSH sshd on this machine")
-    serve = {"asyncssh": sshd.asyncssh_server, "openssh": sshd.openssh_server}[request.param]
-    with serve(Keys.make(tmp_path_factory.mktemp("keys"))) as server:
+    with sshd.serving(request.param, tmp_path_factory.mktemp("keys")) as server:
         yield server
 
 

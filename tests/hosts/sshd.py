@@ -16,6 +16,7 @@ from pathlib import Path
 
 import asyncssh
 import attrs
+import pytest
 from asyncssh.packet import UInt32
 
 SSHD = "/usr/sbin/sshd"
@@ -212,3 +213,14 @@ def _await_port(port: int, sshd: "subprocess.Popen[bytes]") -> None:
             raise AssertionError(f"sshd did not start: {sshd.communicate()[1]!r}")
         threading.Event().wait(0.01)
     raise AssertionError("sshd does not listen")
+
+
+@contextlib.contextmanager
+def serving(kind: str, directory: Path) -> Iterator[Server]:
+    """Serve with `asyncssh` or `openssh`, with new keys in a directory; skip where that is not there."""
+    if kind == "openssh" and not os.path.exists(SSHD):
+        assert "REPOPOOL_CI" not in os.environ, "the checks install openssh-server"
+        pytest.skip("there is no OpenSSH sshd on this machine")
+    serve = {"asyncssh": asyncssh_server, "openssh": openssh_server}[kind]
+    with serve(Keys.make(directory)) as server:
+        yield server
